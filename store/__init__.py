@@ -1,0 +1,1 @@
+"""Bytes and records at rest: blobs, tensors, models, parties."""

@@ -1,0 +1,1 @@
+"""A site: its Celery app, its tasks, the Trainer API and the training loop."""
