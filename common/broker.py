@@ -1,0 +1,140 @@
+"""Make the Celery apps of coordinator and site: msgpack only, one queue each, acknowledged when done."""
+
+import logging
+import socket
+from typing import Any
+
+from celery import Celery, bootsteps
+from celery.apps.worker import Worker
+from kombu import Queue
+from redis import Redis
+from redis.exceptions import RedisError
+
+from common.errors import BrokerUnavailable
+from common.queues import COORDINATOR_QUEUE, site_queue
+from common.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_SECONDS = 5.0  # a client that asks a broker which is not there gets its error after this long
+
+
+class QuietWorker(Worker):
+    """A worker that does not talk to every other worker: no mingle, no gossip, and a node name of its own."""
+
+    def __init__(self, app: Celery | None = None, hostname: str | None = None, **options: Any) -> None:
+        options.update(without_mingle=True, without_gossip=True)
+        application = app or self.app
+        super().__init__(app, hostname or f"{application.main}@{socket.gethostname()}", **options)
+
+
+class QuietCelery(Celery):
+    """Celery whose `worker` command starts a QuietWorker."""
+
+    @property
+    def Worker(self) -> type[QuietWorker]:  # noqa: N802 (Celery's name)
+        """Return the worker class bound to this app."""
+        worker: type[QuietWorker] = self.subclass_with_self(QuietWorker)
+        return worker
+
+
+class RestoreUnacknowledged(bootsteps.StartStopStep):
+    """At a worker's start, put back what its predecessor had taken and not finished.
+
+    Redis knows of no consumers: what a killed worker held would otherwise wait for the visibility timeout. Every
+    handler can bear a message twice, so it is safe also when another worker is still at work on it.
+    """
+
+    requires = ("celery.worker.consumer.connection:Connection",)
+
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        self._done = False  # a reconnection starts the step again, with our own messages still in hand
+
+    def start(self, consumer: Any) -> None:
+        """Restore every unacknowledged message of this app's queue."""
+        if self._done:
+            return
+        self._done = True
+        with consumer.app.connection_for_write() as connection:
+            channel = connection.default_channel
+            tags = channel.client.zrange(channel.unacked_index_key, 0, -1)
+            for tag in tags:
+                channel.qos.restore_by_tag(tag)
+        if tags:
+            logger.info("Took up %s unfinished messages.", len(tags), extra={"action": "restore_messages"})
+
+
+def make_coordinator_app(settings: Settings) -> Celery:
+    """Make the app of the coordinator's workers and of everybody who publishes for it."""
+    app = _make_app("coordinator", settings, queue=COORDINATOR_QUEUE)
+    app.conf.update(
+        result_backend=settings.broker_url.get_secret_value(),  # holds the chords' counters, nothing else
+        result_expires=7 * 24 * 3600,
+        worker_pool="threads",  # handlers wait for the store and the database, numpy and sha256 release the lock
+        worker_concurrency=settings.coordinator_threads,
+        include=["coordinator.tasks"],
+    )
+    return app
+
+
+def make_site_app(settings: Settings) -> Celery:
+    """Make the app of a site's worker; it has no result backend, so it sees nothing of any other site."""
+    app = _make_app(settings.site_name, settings, queue=site_queue(settings.site_name))
+    app.conf.update(
+        worker_pool="prefork",  # a part runs in a child, so the worker answers while it trains
+        worker_concurrency=settings.site_slots,
+        task_reject_on_worker_lost=True,  # a killed child's part is done again
+        include=["worker.tasks"],
+    )
+    return app
+
+
+def connect(settings: Settings) -> Redis:
+    """Return a client of the broker; raise BrokerUnavailable when it does not answer."""
+    url = settings.broker_url.get_secret_value()
+    try:
+        client: Redis = Redis.from_url(url, socket_connect_timeout=_CONNECT_SECONDS)
+        client.ping()
+    except (RedisError, ValueError) as error:
+        raise BrokerUnavailable(
+            f"The broker at {hide_password(url)} does not answer ({error}); start it or correct FEDCHORD_BROKER_URL."
+        ) from error
+    return client
+
+
+def hide_password(url: str) -> str:
+    """Return the URL as it may be shown."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else "(not a URL)"
+
+
+def _make_app(name: str, settings: Settings, *, queue: str) -> Celery:
+    app = QuietCelery(name, broker=settings.broker_url.get_secret_value(), set_as_current=False)
+    app.conf.update(
+        accept_content=["msgpack"],
+        task_serializer="msgpack",
+        result_serializer="msgpack",
+        event_serializer="msgpack",
+        task_queues=[Queue(queue)],
+        task_default_queue=queue,
+        task_ignore_result=True,
+        task_acks_late=True,
+        task_track_started=False,
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            "visibility_timeout": settings.visibility_timeout_seconds,
+            "unacked_key": f"unacked.{queue}",  # keys of its own, so that a site's broker user needs no others
+            "unacked_index_key": f"unacked_index.{queue}",
+            "unacked_mutex_key": f"unacked_mutex.{queue}",
+            "socket_keepalive": True,
+            "health_check_interval": 15,
+        },
+        redis_socket_keepalive=True,
+        enable_utc=True,
+    )
+    app.steps["consumer"].add(RestoreUnacknowledged)
+    return app

@@ -1,0 +1,172 @@
+"""Read every setting once, at a process's edge: variables `FEDCHORD_…`, then one TOML file, then the defaults."""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from common.errors import InvalidSettings
+
+ENV_PREFIX = "FEDCHORD_"
+CONFIG_VARIABLE = "FEDCHORD_CONFIG"  # names the TOML file
+
+
+class Settings(BaseSettings):
+    """Everything that can be configured; frozen, passed down, never read again from the environment."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, env_prefix=ENV_PREFIX, extra="forbid", validate_default=True, env_ignore_empty=True
+    )
+
+    # The services
+    broker_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"),
+        description="Redis or Valkey that carries the queues; a site needs no other service but the object store.",
+    )
+    database_url: SecretStr = Field(
+        SecretStr("sqlite:///fedchord.db"),
+        description="The coordinator's records: sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME.",
+    )
+    blob_store: Literal["folder", "s3"] = Field(
+        "folder", description="Where tensors lie: a local folder, or MinIO or any other S3 service."
+    )
+    blob_folder: Path = Field(
+        Path("blobs"),
+        description="The folder of blob_store = 'folder'; a site accepts file references below it only.",
+    )
+    s3_endpoint: str = Field("127.0.0.1:9000", description="HOST:PORT of the S3 service, as the sites reach it.")
+    s3_access_key: str = Field("", description="The S3 access key; only the coordinator has one.")
+    s3_secret_key: SecretStr = Field(SecretStr(""), description="The S3 secret key.")
+    s3_bucket: str = Field("fedchord", description="The bucket; made at the first start if it is missing.")
+    s3_region: str = Field("us-east-1", description="The bucket's region.")
+    s3_secure: bool = Field(True, description="Speak TLS to the S3 service.")
+    cache_folder: Path = Field(
+        Path("cache"), description="Where the coordinator keeps verified copies of what lies in S3."
+    )
+    cache_gigabytes: float = Field(10.0, gt=0, description="How large cache_folder may grow, in 10^9 bytes.")
+
+    # Signatures
+    signing_key_file: Path = Field(
+        Path("signing.key"),
+        description="This process's own Ed25519 private key (`fedchord sites add` makes a site's).",
+    )
+    coordinator_public_key: str = Field(
+        "", description="A site accepts messages signed by this key only; `fedchord sites add` prints it."
+    )
+
+    # The coordinator
+    reference_seconds: int = Field(
+        24 * 3600,
+        ge=1,
+        le=7 * 24 * 3600,
+        description="How long a presigned reference stays valid past its round's deadline at the most, in seconds.",
+    )
+    shard_megabytes: int = Field(
+        256, ge=1, le=4096, description="A model is stored in shards of at most this size, in MiB."
+    )
+    initial_shards: int = Field(
+        16, ge=1, le=1024, description="How many shards a site may send when it builds a job's first model."
+    )
+    sweep_seconds: float = Field(
+        1.0,
+        gt=0,
+        description="How often deadlines are checked and interrupted steps taken up again, in seconds.",
+    )
+    lease_seconds: float = Field(
+        4.0, gt=0, description="How long an aggregation may go without a sign of life, in seconds."
+    )
+    coordinator_threads: int = Field(4, ge=1, description="How many messages a coordinator worker handles at once.")
+
+    # The site
+    site_name: str = Field("", description="The site's name: 1 to 63 lower-case letters, digits, hyphens.")
+    site_data: Path = Field(Path("data"), description="The data that trainers at this site may read.")
+    site_trainers: dict[str, str] = Field(
+        {},
+        description='What may run at this site: trainer name = "module:Class". Anything else is declined.',
+    )
+    site_folder: Path = Field(
+        Path("site-state"), description="Scratch space and the receipts of finished parts; survives restarts."
+    )
+    site_slots: int = Field(1, ge=1, description="How many parts the site works on at once, each in its own process.")
+    heartbeat_seconds: float = Field(
+        2.0,
+        gt=0,
+        description="How often a site tells that it is alive; it counts as gone after three times that.",
+    )
+    transfer_timeout_seconds: float = Field(
+        60.0, gt=0, description="How long a transfer may go without receiving or sending a byte, in seconds."
+    )
+    transfer_attempts: int = Field(8, ge=1, description="How often a transfer is tried before the part fails.")
+    visibility_timeout_seconds: int = Field(
+        6 * 3600,
+        ge=1,
+        description="After how long the broker hands a message out again that nobody has acknowledged, in seconds.",
+    )
+
+    # Logs
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="The least level logged.")
+    log_format: Literal["text", "json"] = Field("text", description="Lines for people, or one JSON object a line.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Let variables win over what `load` read from the file."""
+        return env_settings, init_settings
+
+    @classmethod
+    def load(cls, config: Path | None = None) -> Self:
+        """Read the variables and the TOML file; raise InvalidSettings that names each wrong field.
+
+        Relative paths in the file are relative to the file, so that a stack can be used from any folder.
+        """
+        if config is None and (named := os.environ.get(CONFIG_VARIABLE)):
+            config = Path(named)
+        values = _read_toml(config) if config is not None else {}
+        _check_variables(cls)
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise InvalidSettings(_explain(error, config)) from error
+
+    @property
+    def shard_bytes(self) -> int:
+        """Return the largest size of a shard in bytes."""
+        return self.shard_megabytes * 2**20
+
+
+def _read_toml(config: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(config.read_text("utf-8"))
+    except OSError as error:
+        raise InvalidSettings(f"Cannot read the settings file {config}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidSettings(f"The settings file {config} is not valid TOML: {error}.") from error
+    for name, field in Settings.model_fields.items():
+        if field.annotation is Path and isinstance(values.get(name), str):
+            values[name] = config.resolve().parent / values[name]
+    return values
+
+
+def _check_variables(cls: type[Settings]) -> None:
+    """Refuse a misspelt variable; pydantic-settings would pass over it in silence."""
+    known = {ENV_PREFIX + name.upper() for name in cls.model_fields} | {CONFIG_VARIABLE}
+    if unknown := sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known):
+        raise InvalidSettings(f"Unknown variable {', '.join(unknown)}; docs/reference/settings.md lists them all.")
+
+
+def _explain(error: ValidationError, config: Path | None) -> str:
+    where = f"{config} or the variables" if config else "the variables"
+    lines = [
+        f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+        for problem in error.errors(include_url=False, include_input=False)
+    ]
+    return f"Settings in {where} are not valid: " + "; ".join(lines) + "."

@@ -1,0 +1,204 @@
+"""The chord's callback: put a round's answers together, record what came of it, plan and send the next round."""
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from common.heartbeats import read_heartbeats
+from sqlalchemy import Connection
+
+from common.errors import FedChordError, Unavailable
+from common.queues import Kind
+from coordinator.aggregation import aggregate, weighted_metrics
+from coordinator.dispatch import publish_round, send_notices
+from coordinator.jobs import LIVE, Job, JobState, change_job, get_job
+from coordinator.lease import held_round
+from coordinator.outbox import add_notices
+from coordinator.planning import Step, finish, plan_next
+from coordinator.rounds import (
+    Part,
+    PartState,
+    Round,
+    RoundKind,
+    RoundState,
+    close_round,
+    find_parts,
+    get_round,
+)
+from coordinator.services import Services
+from store.database import reading, writing
+from store.index import Weights
+from store.models import ModelInfo, ModelState, add_model, get_model, set_metrics
+from store.tables import utc_now
+from store.weights import WeightsReader, WeightsWriter, load_index
+
+logger = logging.getLogger(__name__)
+
+
+def settle_round(services: Services, round_id: str) -> None:
+    """Aggregate the round if it is ready and nobody else does; go on with the job. Can be repeated."""
+    with held_round(services, round_id) as owner:
+        if owner is None:
+            logger.debug("Round %s is not ready, or in other hands.", round_id, extra={"action": "not_claimed"})
+            return
+        with reading(services.engine) as connection:
+            round_ = get_round(connection, round_id)
+            job = get_job(connection, round_.job_id)
+            parts = find_parts(connection, round_id)
+        try:
+            following = _settle(services, owner, job, round_, parts)
+        except Unavailable:
+            raise  # the lease runs out, and whoever is next tries again
+        except Exception as error:
+            logger.exception("Round %s cannot be aggregated.", round_id, extra={"action": "aggregation_failed"})
+            said = error.message if isinstance(error, FedChordError) else f"{type(error).__name__}: {error}"
+            _fail(services, owner, job, round_, f"The answers of {round_.title} cannot be put together: {said}")
+            following = None
+    if following is not None:
+        publish_round(services, following.round_id)
+    send_notices(services)
+
+
+def start_job(services: Services, job_id: str) -> None:
+    """Plan and send a submitted job's first round. Can be repeated."""
+    with reading(services.engine) as connection:
+        job = get_job(connection, job_id)
+    if job.state is JobState.SUBMITTED:
+        alive = alive_sites(services, job.sites)
+        with writing(services.engine) as connection:
+            first = plan_next(connection, job, None, alive=alive)
+        if first is not None:
+            publish_round(services, first.round_id)
+    send_notices(services)
+
+
+def alive_sites(services: Services, sites: Sequence[str]) -> frozenset[str]:
+    """Return the sites whose heartbeat has not run out."""
+    return frozenset(read_heartbeats(services.broker, sites))
+
+
+def _settle(services: Services, owner: str, job: Job, round_: Round, parts: Sequence[Part]) -> Round | None:
+    accepted = [part for part in parts if part.state is PartState.ACCEPTED]
+    if round_.kind is not RoundKind.TEST and len(accepted) < job.quorum:
+        _fail(services, owner, job, round_, no_quorum(job, round_, parts))
+        return None
+    started = time.monotonic()
+    model = _make_model(services, job, round_, accepted)
+    examples = [part.num_examples or 0 for part in accepted]
+    metrics = weighted_metrics([part.metrics for part in accepted], examples)
+    alive = alive_sites(services, job.sites)
+    answered_at = max((part.answered_at for part in parts if part.answered_at), default=round_.created_at)
+    seconds = {
+        "collecting": (answered_at - round_.created_at).total_seconds(),
+        "aggregating": time.monotonic() - started,
+    }
+    with writing(services.engine) as connection:
+        closed = close_round(
+            connection,
+            round_.round_id,
+            owner,
+            RoundState.CLOSED,
+            output_model_id=model.model_id if model else None,
+            metrics=metrics,
+            seconds=seconds,
+        )
+        if not closed:
+            return None
+        if model is not None and round_.kind is not RoundKind.START:
+            add_model(connection, model)
+        if model is not None and round_.kind is not RoundKind.SWAG:
+            change_job(connection, job.job_id, expected=LIVE, model_id=model.model_id)
+        if round_.kind is RoundKind.TEST and round_.input_model_id and metrics:
+            set_metrics(connection, round_.input_model_id, metrics)
+        _remove_unwilling(connection, job, round_, parts)
+        job = get_job(connection, job.job_id)
+        following = plan_next(connection, job, Step(kind=round_.kind, number=round_.number), alive=alive)
+    logger.info(
+        "Closed %s of job %s with %s of %s sites.",
+        round_.title,
+        job.name,
+        len(accepted),
+        len(parts),
+        extra={"action": "close_round", "job": job.job_id, "round": round_.round_id, **metrics},
+    )
+    return following
+
+
+def _make_model(services: Services, job: Job, round_: Round, accepted: Sequence[Part]) -> ModelInfo | None:
+    """Return the model that came of the round: aggregated, or built by a site; None after a test."""
+    if round_.kind is RoundKind.TEST:
+        return None
+    with reading(services.engine) as connection:
+        updates = [get_model(connection, part.model_id) for part in accepted if part.model_id is not None]
+    if round_.kind is RoundKind.START:
+        return updates[0] if updates else None
+    weights = _aggregate(services, job, updates)
+    kind = "moments" if round_.kind is RoundKind.SWAG else "global"
+    return ModelInfo(
+        store=job.model_store,
+        model_kind=kind,
+        model_description=f"{job.name}: {kind} after {round_.title}",
+        model_meta={
+            "trainer": job.spec.trainer,
+            "strategy": job.spec.strategy.model_dump(),
+            "sites": [update.site for update in updates],
+        },
+        model_state=ModelState.AGGREGATED,
+        model_hash=weights.index.digest,
+        model_size=weights.size,
+        round=round_.number,
+        start_datetime=round_.created_at,
+        end_datetime=utc_now(),
+        parents=tuple(id_ for id_ in (round_.input_model_id, *(update.model_id for update in updates)) if id_),
+        job_id=job.job_id,
+        num_examples=sum(update.num_examples or 0 for update in updates),
+        metrics=weighted_metrics(
+            [update.metrics for update in updates], [update.num_examples or 0 for update in updates]
+        ),
+        shards=weights.shards,
+    )
+
+
+def _aggregate(services: Services, job: Job, updates: Sequence[ModelInfo]) -> Weights:
+    weights = [load_index(services.blobs, update.model_hash) for update in updates]
+    schema = weights[0].schema
+    examples = [update.num_examples or 0 for update in updates]
+    with ExitStack() as stack:
+        sources = [stack.enter_context(WeightsReader(services.blobs, each)) for each in weights]
+        target = stack.enter_context(WeightsWriter(services.blobs, schema, services.settings.shard_bytes))
+        aggregate(job.spec.strategy.make(), schema, sources, examples, target)
+        return target.finish()
+
+
+def _remove_unwilling(connection: Connection, job: Job, round_: Round, parts: Sequence[Part]) -> None:
+    """Take the sites that declined the start out of the job, and tell them."""
+    if round_.kind is not RoundKind.START:
+        return
+    for part in parts:
+        if part.state is PartState.DECLINED:
+            add_notices(connection, Kind.CLIENT_REMOVED, job.job_id, (part.site,), part.reason)
+    removed = {part.site for part in parts if part.state is PartState.DECLINED}
+    if removed:
+        left = [site for site in job.sites if site not in removed]
+        change_job(connection, job.job_id, expected=LIVE, sites=left)
+
+
+def _fail(services: Services, owner: str, job: Job, round_: Round, reason: str) -> None:
+    with writing(services.engine) as connection:
+        if close_round(connection, round_.round_id, owner, RoundState.FAILED, reason=reason):
+            finish(connection, job, JobState.FAILED, reason)
+    logger.error(
+        "Job %s failed: %s", job.name, reason, extra={"action": "fail_job", "job": job.job_id, "round": round_.round_id}
+    )
+
+
+def no_quorum(job: Job, round_: Round, parts: Sequence[Part]) -> str:
+    """Return why the round cannot count: who answered what."""
+    accepted = sum(part.state is PartState.ACCEPTED for part in parts)
+    others = "; ".join(
+        f"{part.site} {part.state}: {part.reason}" for part in parts if part.state is not PartState.ACCEPTED
+    )
+    return (
+        f"In {round_.title} {accepted} of {len(parts)} sites answered well, but the quorum is {job.quorum}. {others}."
+    )

@@ -1,0 +1,214 @@
+"""Put messages on the sites' queues: a round's as one chord, a notice by itself.
+
+Everything that is sent is rebuilt from the records, so sending can be repeated by any process at any time.
+"""
+
+import logging
+from typing import Any
+
+from celery import chord
+from celery.app.task import Context
+from celery.canvas import Signature
+from kombu.exceptions import OperationalError
+from sqlalchemy import Connection
+
+from common.errors import BrokerUnavailable, NotFound
+from common.messages import (
+    COORDINATOR,
+    ClientRemoved,
+    Envelope,
+    Message,
+    ModelReference,
+    ModelTestRound,
+    SourceShard,
+    SwagRoundStart,
+    TrainingFinished,
+    TrainingStart,
+    UpdateRoundStart,
+)
+from common.queues import COORDINATOR_QUEUE, SITE_TASKS, CoordinatorTask, Kind, site_queue
+from coordinator.jobs import Job, get_job
+from coordinator.outbox import find_notices, mark_sent
+from coordinator.rounds import (
+    MESSAGE_KINDS,
+    Part,
+    Round,
+    RoundKind,
+    RoundState,
+    find_parts,
+    get_round,
+    mark_published,
+)
+from coordinator.services import Services
+from store.database import reading, writing
+from store.models import ModelInfo, get_model
+from store.tables import utc_now
+
+logger = logging.getLogger(__name__)
+
+_SLACK_SECONDS = 600  # references outlive the deadline by this, for clocks that differ
+
+
+def publish_round(services: Services, round_id: str) -> None:
+    """Send the round's chord: one task for each site, and the callback.
+
+    Raise BrokerUnavailable when it cannot be sent; the sweeper does it again.
+    """
+    with reading(services.engine) as connection:
+        round_ = get_round(connection, round_id)
+        job = get_job(connection, round_.job_id)
+        parts = find_parts(connection, round_id)
+        model = _model(connection, round_.input_model_id)
+    if round_.state is not RoundState.OPEN:
+        return
+    seconds = _reference_seconds(services, round_)
+    reference = _reference(services, model, seconds) if model is not None else None
+    builder = parts[round_.number % len(parts)] if job.model_id is None else None  # another one at each new start
+    header = [_part_signature(services, job, round_, part, reference, seconds, builds=part is builder) for part in parts]
+    signature = chord(header, _callback(services, round_id), app=services.app, task_id=round_id)  # the group's id
+    try:
+        signature.apply_async(task_id=round_.body_task_id)
+    except OperationalError as error:
+        raise BrokerUnavailable(f"Round {round_id} cannot be sent: {error}; start the broker.") from error
+    with writing(services.engine) as connection:
+        mark_published(connection, round_id)
+    logger.info(
+        "Sent %s of job %s to %s sites.",
+        round_.title,
+        job.name,
+        len(parts),
+        extra={"action": "publish_round", "job": job.job_id, "round": round_id},
+    )
+
+
+def complete_part(services: Services, round_id: str, part: Part) -> None:
+    """Complete the part in the chord on the site's behalf; the last one fires the callback. Can be repeated."""
+    request = Context(
+        id=part.task_id,
+        group=round_id,
+        group_index=part.position,
+        chord=_callback(services, round_id),
+        task="site.part",
+        args=[],
+        kwargs={},
+        delivery_info={},
+    )
+    services.app.backend.mark_as_done(part.task_id, part.position, request=request, store_result=False)
+
+
+def call_back(services: Services, round_id: str) -> None:
+    """Send the callback without the chord, for when its counters are lost."""
+    _callback(services, round_id).apply_async(args=([],))
+
+
+def send_notices(services: Services) -> None:
+    """Send what is in the outbox."""
+    with reading(services.engine) as connection:
+        notices = find_notices(connection)
+    for notice in notices:
+        with reading(services.engine) as connection:
+            job = get_job(connection, notice.job_id)
+            model = _model(connection, job.model_id)
+        message: Message
+        if notice.kind is Kind.CLIENT_REMOVED:
+            message = ClientRemoved(job_id=job.job_id, job_name=job.name, reason=notice.reason)
+        else:
+            message = TrainingFinished(
+                job_id=job.job_id,
+                job_name=job.name,
+                state=job.state.value,
+                reason=notice.reason,
+                model=_reference(services, model, services.settings.reference_seconds) if model is not None else None,
+            )
+        title = f"{job.name}: {notice.kind.value.lower().replace('_', ' ')}"
+        _signature(
+            services, notice.site, message, f"{job.job_id}.{message.kind.lower()}.{notice.site}", title
+        ).apply_async()
+        with writing(services.engine) as connection:
+            mark_sent(connection, notice)
+
+
+def _part_signature(
+    services: Services,
+    job: Job,
+    round_: Round,
+    part: Part,
+    model: ModelReference | None,
+    seconds: int,
+    *,
+    builds: bool,
+) -> Signature[Any]:
+    common: dict[str, Any] = {
+        "job_id": job.job_id,
+        "job_name": job.name,
+        "round": round_.number,
+        "task_id": part.task_id,
+        "attempt": part.attempt,
+        "deadline_at": round_.deadline_at.timestamp(),
+        "trainer": job.spec.trainer,
+        "config": {**job.spec.config, **job.spec.strategy.make().trainer_config()},
+        "seed": job.spec.seed,
+    }
+
+    def uploads(count: int) -> dict[str, Any]:
+        urls = (services.blobs.write_url(part.slot(shard), seconds=seconds) for shard in range(count))
+        return {"shard_bytes": services.settings.shard_bytes, "upload_urls": tuple(urls)}
+
+    message: Message
+    if round_.kind is RoundKind.START:
+        wanted = services.settings.initial_shards if builds else 0
+        message = TrainingStart(**common, **uploads(wanted), build_model=builds)
+    elif model is None:
+        raise NotFound(f"Round {round_.round_id} has no model to send.")
+    elif round_.kind is RoundKind.TRAIN:
+        message = UpdateRoundStart(**common, **uploads(len(model.shards)), model=model)
+    elif round_.kind is RoundKind.TEST:
+        message = ModelTestRound(**common, model=model)
+    else:
+        # two moments in float32 for each tensor: at most four times the bytes (from 16 bits), and a shard's slack
+        total = 4 * sum(shard.size for shard in model.shards)
+        message = SwagRoundStart(**common, **uploads(2 + 2 * total // services.settings.shard_bytes), model=model)
+    assert message.kind is MESSAGE_KINDS[round_.kind]
+    return _signature(services, part.site, message, part.task_id, f"{job.name}: {round_.title} at {part.site}")
+
+
+def _signature(services: Services, site: str, message: Message, task_id: str, title: str) -> Signature[Any]:
+    envelope = Envelope.seal(message, sender=COORDINATOR, recipient=site, key=services.key)
+    return services.app.signature(
+        SITE_TASKS[Kind(message.kind)],
+        args=[envelope],
+        options={"task_id": task_id, "queue": site_queue(site), "argsrepr": title, "ignore_result": True},
+    )
+
+
+def _callback(services: Services, round_id: str) -> Signature[Any]:
+    return services.app.signature(
+        CoordinatorTask.AGGREGATE.value,  # a StrEnum has a `name`, which Celery takes for a task
+        kwargs={"round_id": round_id},
+        options={
+            "task_id": f"{round_id}.aggregate",
+            "queue": COORDINATOR_QUEUE,
+            "argsrepr": round_id,
+            "ignore_result": True,
+        },
+    )
+
+
+def _reference(services: Services, model: ModelInfo, seconds: int) -> ModelReference:
+    return ModelReference(
+        model_id=model.model_id,
+        digest=model.model_hash,
+        shards=tuple(
+            SourceShard(digest=shard.digest, size=shard.size, url=services.blobs.read_url(shard, seconds=seconds))
+            for shard in model.shards
+        ),
+    )
+
+
+def _model(connection: Connection, model_id: str | None) -> ModelInfo | None:
+    return get_model(connection, model_id) if model_id is not None else None
+
+
+def _reference_seconds(services: Services, round_: Round) -> int:
+    left = (round_.deadline_at - utc_now()).total_seconds() + _SLACK_SECONDS
+    return int(min(max(left, 1), services.settings.reference_seconds))

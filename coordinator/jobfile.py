@@ -1,0 +1,147 @@
+"""Read a job file: TOML, checked field by field, every mistake named with its line."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+
+from common.errors import InvalidInput, InvalidJobFile
+from common.queues import check_site_name
+from coordinator.strategies import make_strategy
+from coordinator.strategies.base import Strategy
+
+_WORDS = {  # pydantic's words for a type of problem, in ours
+    "missing": "is missing",
+    "extra_forbidden": "is not a field of a job file",
+}
+
+
+class StrategyTable(BaseModel):
+    """The job file's [strategy]: a name, and the strategy's own options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = "fedavg"
+
+    def make(self) -> Strategy:
+        """Return the strategy; raise InvalidInput for an unknown name or option."""
+        return make_strategy(self.name, self.model_extra or {})
+
+
+class InitialModel(BaseModel):
+    """The job file's [initial_model]: where the first global model comes from; a site builds it if this is empty."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: Path | None = None  # a .safetensors file
+    model: str | None = None  # the id of a stored model
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.file is not None and self.model is not None:
+            raise ValueError("give either file or model, not both")
+        return self
+
+
+class JobSpec(BaseModel):
+    """What a job file says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$")
+    trainer: str = Field(min_length=1, max_length=100)  # a name on the sites' lists
+    rounds: int = Field(ge=1, le=1_000_000)  # training rounds
+    sites: tuple[str, ...] | None = None  # who takes part; every enabled site if it is missing
+    min_sites: int | None = Field(None, ge=1)  # the quorum; more than half if it is missing
+    round_deadline_seconds: float = Field(3600, gt=0, le=30 * 24 * 3600)
+    seed: int = Field(0, ge=0, lt=2**63)
+    test_every: int = Field(1, ge=0)  # a test round after every so many rounds and the last; 0 for none
+    swag: bool = False  # after the last round, collect the weights' moments
+    config: dict[str, JsonValue] = {}  # the trainer's
+    strategy: StrategyTable = StrategyTable()
+    initial_model: InitialModel = InitialModel()
+
+    @field_validator("sites")
+    @classmethod
+    def _valid_sites(cls, sites: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if sites is not None:
+            if not sites:
+                raise ValueError("name at least one site, or leave the field out to take every enabled site")
+            if len(set(sites)) != len(sites):
+                raise ValueError("a site is named twice")
+            for site in sites:
+                check_site_name(site)
+        return sites
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.sites is not None and self.min_sites is not None and self.min_sites > len(self.sites):
+            raise ValueError(f"min_sites is {self.min_sites}, more than the {len(self.sites)} sites named")
+        return self
+
+    def quorum(self, num_sites: int) -> int:
+        """Return how many of so many sites must have answered for a round to count."""
+        return self.min_sites if self.min_sites is not None else num_sites // 2 + 1
+
+
+def read_job_file(path: Path) -> JobSpec:
+    """Return what the file says; raise InvalidJobFile that names the field, the line and what was expected."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidJobFile(f"Cannot read the job file {path}: {error}.") from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidJobFile(f"{path} is not valid TOML: {error}.") from error
+    try:
+        spec = JobSpec.model_validate(values)
+    except ValidationError as error:
+        raise InvalidJobFile(_explain(path, text, error)) from error
+    try:
+        spec.strategy.make()
+    except InvalidInput as error:
+        field = error.message.partition(":")[0]
+        raise InvalidJobFile(f"{_place(path, text, tuple(field.split('.')))}{error.message}") from error
+    if (file := spec.initial_model.file) is not None:
+        located = path.parent / file
+        if not located.is_file():
+            place = _place(path, text, ("initial_model", "file"))
+            raise InvalidJobFile(f"{place}initial_model.file: there is no file {located}.")
+        spec = spec.model_copy(update={"initial_model": InitialModel(file=located.resolve())})
+    return spec
+
+
+def _explain(path: Path, text: str, error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        field = tuple(part for part in problem["loc"] if isinstance(part, str))
+        words = _WORDS.get(problem["type"]) or f"{problem['msg']}, not {problem['input']!r}"
+        if not field:  # a rule about several fields
+            lines.append(f"{path}: {problem['msg'].removeprefix('Value error, ')}")
+            continue
+        lines.append(f"{_place(path, text, field)}{'.'.join(field)}: {words.removeprefix('Value error, ')}")
+    return "\n".join(lines)
+
+
+def _place(path: Path, text: str, field: tuple[str, ...]) -> str:
+    line = find_line(text, field)
+    return f"{path}, line {line}: " if line else f"{path}: "
+
+
+def find_line(text: str, field: tuple[str, ...]) -> int | None:
+    """Return the number of the line that sets the field, or opens its table; None if no line does."""
+    table: tuple[str, ...] = ()
+    best: int | None = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.match(r"\s*\[([^\[\]]+)\]", line):
+            table = tuple(part.strip().strip("\"'") for part in header[1].split("."))
+            if table == field[: len(table)]:
+                best = best or number
+        elif (key := re.match(r"\s*([A-Za-z0-9_.\"'-]+)\s*=", line)) is not None:
+            path = (*table, *(part.strip("\"'") for part in key[1].split(".")))
+            if path == field[: len(path)]:
+                return number
+    return best

@@ -1,0 +1,140 @@
+"""Jobs: what is trained, by whom, and how far it is. State changes by compare-and-set; terminal states absorb."""
+
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, select, update
+
+from common.errors import NotFound
+from coordinator.jobfile import JobSpec
+from store.tables import jobs, utc_now
+
+
+class JobState(StrEnum):
+    """Where a job is."""
+
+    SUBMITTED = "submitted"  # recorded; its first round is not planned yet
+    RUNNING = "running"
+    COMPLETED = "completed"  # terminal: every round is done
+    FAILED = "failed"  # terminal: the reason says why
+    ABORTED = "aborted"  # terminal: somebody ended it
+
+
+LIVE = (JobState.SUBMITTED, JobState.RUNNING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of federated training."""
+
+    job_id: str  # uuid4
+    name: str
+    state: JobState
+    spec: JobSpec  # what the job file said
+    reason: str  # why it failed or was aborted, else empty
+    current_round: int  # the newest training round that was planned, from 1
+    model_id: str | None  # the current global model
+    sites: tuple[str, ...]  # who is in the job now, sorted
+    submitted_by: str
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @property
+    def quorum(self) -> int:
+        """Return how many sites must answer for a round to count."""
+        return self.spec.quorum(len(self.spec.sites or self.sites))
+
+    @property
+    def model_store(self) -> str:
+        """Return the name of the model store that holds the job's models."""
+        return f"ddc:{self.name}"
+
+
+def new_job(spec: JobSpec, *, sites: tuple[str, ...], model_id: str | None, submitted_by: str) -> Job:
+    """Return a job to be added."""
+    return Job(
+        job_id=str(uuid.uuid4()),
+        name=spec.name,
+        state=JobState.SUBMITTED,
+        spec=spec.model_copy(update={"sites": sites}),
+        reason="",
+        current_round=0,
+        model_id=model_id,
+        sites=sites,
+        submitted_by=submitted_by,
+        created_at=utc_now(),
+        started_at=None,
+        finished_at=None,
+    )
+
+
+def add_job(connection: Connection, job: Job) -> None:
+    """Record the job."""
+    connection.execute(
+        jobs.insert().values(
+            job_id=job.job_id,
+            name=job.name,
+            state=job.state.value,
+            spec=job.spec.model_dump(mode="json"),
+            num_rounds=job.spec.rounds,
+            model_id=job.model_id,
+            sites=list(job.sites),
+            submitted_by=job.submitted_by,
+            created_at=job.created_at,
+        )
+    )
+
+
+def get_job(connection: Connection, job_id: str) -> Job:
+    """Return the job whose id is, or begins with, the text; raise NotFound unless there is exactly one."""
+    rows = connection.execute(
+        select(jobs).where(jobs.c.job_id.startswith(job_id, autoescape=True)).limit(2)
+    ).mappings().all()  # fmt: skip
+    if len(rows) != 1 or not job_id:
+        trouble = "More than one job has an id that begins" if rows else "There is no job whose id begins"
+        raise NotFound(f"{trouble} with {job_id!r}; `fedchord jobs` lists them.")
+    return _job(rows[0])
+
+
+def find_jobs(connection: Connection, *, states: tuple[JobState, ...] = (), limit: int | None = None) -> list[Job]:
+    """Return the jobs in these states (all if none is given), the newest first."""
+    query = select(jobs).order_by(jobs.c.created_at.desc()).limit(limit)
+    if states:
+        query = query.where(jobs.c.state.in_([state.value for state in states]))
+    return [_job(row) for row in connection.execute(query).mappings()]
+
+
+def change_job(connection: Connection, job_id: str, *, expected: tuple[JobState, ...], **values: Any) -> bool:
+    """Change the job if its state is one of the expected; return whether it was."""
+    result = connection.execute(
+        update(jobs)
+        .where(jobs.c.job_id == job_id, jobs.c.state.in_([state.value for state in expected]))
+        .values(**values, updated_at=utc_now())
+    )
+    return result.rowcount == 1
+
+
+def end_job(connection: Connection, job_id: str, state: JobState, reason: str = "") -> bool:
+    """Move the job to a terminal state unless it is in one; return whether it was moved."""
+    return change_job(connection, job_id, expected=LIVE, state=state.value, reason=reason, finished_at=utc_now())
+
+
+def _job(row: RowMapping) -> Job:
+    return Job(
+        job_id=row["job_id"],
+        name=row["name"],
+        state=JobState(row["state"]),
+        spec=JobSpec.model_validate(row["spec"]),
+        reason=row["reason"],
+        current_round=row["current_round"],
+        model_id=row["model_id"],
+        sites=tuple(row["sites"]),
+        submitted_by=row["submitted_by"],
+        created_at=row["created_at"],
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+    )

@@ -1,0 +1,344 @@
+"""Rounds and their parts: the records that say what was asked of whom, and what came of it.
+
+A round's states:   open ─▶ aggregating ─▶ closed | failed      and from each that is not terminal: ─▶ aborted
+A part's states:    waiting ─▶ accepted | quarantined | declined | failed | dropped
+
+Every change is one compare-and-set UPDATE, so that a message that comes twice, or to two coordinator workers at once,
+changes nothing the second time.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, and_, exists, or_, select, update
+
+from common.errors import NotFound
+from common.queues import Kind
+from store.tables import parts, rounds, utc_now
+
+
+class RoundKind(StrEnum):
+    """What a round asks of its sites."""
+
+    START = "start"  # check the trainer; one site may build the first model
+    TRAIN = "train"
+    TEST = "test"
+    SWAG = "swag"
+
+
+MESSAGE_KINDS = {
+    RoundKind.START: Kind.TRAINING_START,
+    RoundKind.TRAIN: Kind.UPDATE_ROUND_START,
+    RoundKind.TEST: Kind.MODEL_TEST_ROUND,
+    RoundKind.SWAG: Kind.SWAG_ROUND_START,
+}
+
+
+class RoundState(StrEnum):
+    """Where a round is."""
+
+    OPEN = "open"  # asked, or about to be; answers count
+    AGGREGATING = "aggregating"  # one process holds a lease on it and puts the answers together
+    CLOSED = "closed"  # terminal
+    FAILED = "failed"  # terminal: no quorum, or no way to put the answers together
+    ABORTED = "aborted"  # terminal: the job ended
+
+
+class PartState(StrEnum):
+    """Where one site's share of a round is."""
+
+    WAITING = "waiting"  # no answer yet
+    ACCEPTED = "accepted"  # the answer passed the gate
+    QUARANTINED = "quarantined"  # the gate refused the update; it is kept with the reason
+    DECLINED = "declined"  # the site would not
+    FAILED = "failed"  # the site tried and could not
+    DROPPED = "dropped"  # no answer before the deadline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One question to many sites."""
+
+    job_id: str
+    kind: RoundKind
+    number: int  # of the training round it belongs to; 0 at the start
+    state: RoundState = RoundState.OPEN
+    input_model_id: str | None  # the global model that is sent out
+    output_model_id: str | None = None  # what came of it
+    deadline_at: datetime
+    published_at: datetime | None = None  # None: perhaps not sent yet
+    metrics: dict[str, float] = field(default_factory=dict)  # weighted by examples
+    reason: str = ""  # why it failed
+    seconds: dict[str, float] = field(default_factory=dict)  # how long its steps took
+    created_at: datetime = field(default_factory=utc_now)
+    closed_at: datetime | None = None
+
+    @property
+    def round_id(self) -> str:
+        """Return the round's name, which is also the chord's group id."""
+        return f"{self.job_id}.{self.kind}.{self.number}"
+
+    @property
+    def title(self) -> str:
+        """Return the round's name for people."""
+        return "the start" if self.kind is RoundKind.START else f"{self.kind} round {self.number}"
+
+    @property
+    def body_task_id(self) -> str:
+        """Return the task id of the chord's callback."""
+        return f"{self.round_id}.aggregate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One site's share of a round."""
+
+    job_id: str
+    round_id: str
+    site: str
+    position: int  # in the chord's header; the order in which updates are aggregated
+    attempt: int = 1  # a fencing number: answers to an earlier attempt do not count
+    state: PartState = PartState.WAITING
+    reason: str = ""
+    num_examples: int | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    model_id: str | None = None  # the update's model_info
+    answered_at: datetime | None = None
+
+    @property
+    def task_id(self) -> str:
+        """Return the part's name, which is also its Celery task's id."""
+        return f"{self.round_id}.{self.site}"
+
+    def slot(self, shard: int) -> str:
+        """Return the name of the place in the object store where the site may write its shard."""
+        return f"{self.task_id}/{self.attempt}/{shard}"
+
+
+def add_round(connection: Connection, round_: Round, sites: tuple[str, ...]) -> bool:
+    """Record the round and its parts, in the order of the sites' names; return False if it is recorded already."""
+    known = select(rounds.c.round_id).where(rounds.c.round_id == round_.round_id)
+    if connection.execute(known).first() is not None:
+        return False
+    connection.execute(
+        rounds.insert().values(
+            round_id=round_.round_id,
+            job_id=round_.job_id,
+            number=round_.number,
+            kind=round_.kind.value,
+            state=round_.state.value,
+            group_id=round_.round_id,
+            body_task_id=round_.body_task_id,
+            input_model_id=round_.input_model_id,
+            deadline_at=round_.deadline_at,
+            created_at=round_.created_at,
+        )
+    )
+    connection.execute(
+        parts.insert(),
+        [
+            {
+                "task_id": f"{round_.round_id}.{site}",
+                "round_id": round_.round_id,
+                "job_id": round_.job_id,
+                "site": site,
+                "position": position,
+                "state": PartState.WAITING.value,
+            }
+            for position, site in enumerate(sorted(sites))
+        ],
+    )
+    return True
+
+
+def get_round(connection: Connection, round_id: str) -> Round:
+    """Return the round; raise NotFound."""
+    row = connection.execute(select(rounds).where(rounds.c.round_id == round_id)).mappings().first()
+    if row is None:
+        raise NotFound(f"There is no round {round_id!r}.")
+    return _round(row)
+
+
+def find_rounds(connection: Connection, job_id: str) -> list[Round]:
+    """Return the job's rounds in the order they were planned."""
+    query = select(rounds).where(rounds.c.job_id == job_id).order_by(rounds.c.created_at)
+    return [_round(row) for row in connection.execute(query).mappings()]
+
+
+def get_part(connection: Connection, task_id: str) -> Part:
+    """Return the part; raise NotFound."""
+    row = connection.execute(select(parts).where(parts.c.task_id == task_id)).mappings().first()
+    if row is None:
+        raise NotFound(f"There is no part {task_id!r}.")
+    return _part(row)
+
+
+def find_parts(connection: Connection, round_id: str) -> list[Part]:
+    """Return the round's parts in the order of aggregation."""
+    query = select(parts).where(parts.c.round_id == round_id).order_by(parts.c.position)
+    return [_part(row) for row in connection.execute(query).mappings()]
+
+
+def answer_part(connection: Connection, part: Part, state: PartState, **values: Any) -> bool:
+    """Record the answer if none is and the round is still open; return whether this one counts."""
+    result = connection.execute(
+        update(parts)
+        .where(
+            parts.c.task_id == part.task_id,
+            parts.c.attempt == part.attempt,
+            parts.c.state == PartState.WAITING.value,
+            exists().where(rounds.c.round_id == parts.c.round_id, rounds.c.state == RoundState.OPEN.value),
+        )
+        .values(state=state.value, answered_at=utc_now(), **values)
+    )
+    return result.rowcount == 1
+
+
+def drop_waiting(connection: Connection, round_id: str, reason: str) -> int:
+    """Drop the parts that nobody has answered; return how many."""
+    result = connection.execute(
+        update(parts)
+        .where(parts.c.round_id == round_id, parts.c.state == PartState.WAITING.value)
+        .values(state=PartState.DROPPED.value, reason=reason, answered_at=utc_now())
+    )
+    return result.rowcount
+
+
+def mark_published(connection: Connection, round_id: str) -> None:
+    """Record that the round's messages are on their queues."""
+    connection.execute(update(rounds).where(rounds.c.round_id == round_id).values(published_at=utc_now()))
+
+
+def claim_round(connection: Connection, round_id: str, owner: str, lease_seconds: float) -> bool:
+    """Take the round for aggregation, if it is open with no answer missing or its last owner's lease has run out."""
+    now = utc_now()
+    waiting = exists().where(parts.c.round_id == round_id, parts.c.state == PartState.WAITING.value)
+    result = connection.execute(
+        update(rounds)
+        .where(
+            rounds.c.round_id == round_id,
+            or_(
+                and_(rounds.c.state == RoundState.OPEN.value, ~waiting),
+                and_(rounds.c.state == RoundState.AGGREGATING.value, rounds.c.lease_until < now),
+            ),
+        )
+        .values(
+            state=RoundState.AGGREGATING.value,
+            lease_owner=owner,
+            lease_until=now + timedelta(seconds=lease_seconds),
+        )
+    )
+    return result.rowcount == 1
+
+
+def renew_lease(connection: Connection, round_id: str, owner: str, lease_seconds: float) -> bool:
+    """Prolong the owner's lease; return False when somebody else has the round."""
+    result = connection.execute(
+        update(rounds)
+        .where(
+            rounds.c.round_id == round_id,
+            rounds.c.state == RoundState.AGGREGATING.value,
+            rounds.c.lease_owner == owner,
+        )
+        .values(lease_until=utc_now() + timedelta(seconds=lease_seconds))
+    )
+    return result.rowcount == 1
+
+
+def close_round(connection: Connection, round_id: str, owner: str, state: RoundState, **values: Any) -> bool:
+    """Move the round that the owner is aggregating to a terminal state; return False when it is no longer his."""
+    result = connection.execute(
+        update(rounds)
+        .where(
+            rounds.c.round_id == round_id,
+            rounds.c.state == RoundState.AGGREGATING.value,
+            rounds.c.lease_owner == owner,
+        )
+        .values(state=state.value, closed_at=utc_now(), **values)
+    )
+    return result.rowcount == 1
+
+
+def abort_rounds(connection: Connection, job_id: str, reason: str) -> None:
+    """End the job's rounds that are still going on."""
+    connection.execute(
+        update(rounds)
+        .where(
+            rounds.c.job_id == job_id,
+            rounds.c.state.in_([RoundState.OPEN.value, RoundState.AGGREGATING.value]),
+        )
+        .values(state=RoundState.ABORTED.value, reason=reason, closed_at=utc_now())
+    )
+    connection.execute(
+        update(parts)
+        .where(parts.c.job_id == job_id, parts.c.state == PartState.WAITING.value)
+        .values(state=PartState.DROPPED.value, reason=reason, answered_at=utc_now())
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overdue:
+    """What the sweeper has to take up again."""
+
+    unpublished: tuple[str, ...]  # open rounds whose messages may not have been sent
+    expired: tuple[str, ...]  # open rounds past their deadline with answers missing
+    unclaimed: tuple[str, ...]  # rounds with every answer there, or whose aggregating process has gone
+
+
+def find_overdue(connection: Connection, *, grace_seconds: float) -> Overdue:
+    """Return the rounds in which something should have happened by now, but for so many seconds."""
+    now = utc_now()
+    late = now - timedelta(seconds=grace_seconds)
+    waiting = exists().where(parts.c.round_id == rounds.c.round_id, parts.c.state == PartState.WAITING.value)
+    fresh = exists().where(parts.c.round_id == rounds.c.round_id, parts.c.answered_at >= late)
+    is_open = rounds.c.state == RoundState.OPEN.value
+
+    def ids(*conditions: Any) -> tuple[str, ...]:
+        return tuple(connection.execute(select(rounds.c.round_id).where(*conditions)).scalars())
+
+    return Overdue(
+        unpublished=ids(is_open, rounds.c.published_at.is_(None), rounds.c.created_at < late),
+        expired=ids(is_open, rounds.c.deadline_at < now, waiting),
+        unclaimed=ids(
+            or_(
+                and_(is_open, ~waiting, ~fresh),
+                and_(rounds.c.state == RoundState.AGGREGATING.value, rounds.c.lease_until < now),
+            )
+        ),
+    )
+
+
+def _round(row: RowMapping) -> Round:
+    return Round(
+        job_id=row["job_id"],
+        kind=RoundKind(row["kind"]),
+        number=row["number"],
+        state=RoundState(row["state"]),
+        input_model_id=row["input_model_id"],
+        output_model_id=row["output_model_id"],
+        deadline_at=row["deadline_at"],
+        published_at=row["published_at"],
+        metrics=row["metrics"],
+        reason=row["reason"],
+        seconds=row["seconds"],
+        created_at=row["created_at"],
+        closed_at=row["closed_at"],
+    )
+
+
+def _part(row: RowMapping) -> Part:
+    return Part(
+        job_id=row["job_id"],
+        round_id=row["round_id"],
+        site=row["site"],
+        position=row["position"],
+        attempt=row["attempt"],
+        state=PartState(row["state"]),
+        reason=row["reason"],
+        num_examples=row["num_examples"],
+        metrics=row["metrics"],
+        model_id=row["model_id"],
+        answered_at=row["answered_at"],
+    )

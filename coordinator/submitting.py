@@ -1,0 +1,143 @@
+"""Take a job in: check everything it names first, then record it and send it on its way."""
+
+import getpass
+import logging
+from pathlib import Path
+
+from common.heartbeats import read_heartbeats
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from common.errors import BrokerUnavailable, Conflict, InvalidJobFile, InvalidTensors
+from common.queues import COORDINATOR_QUEUE, CoordinatorTask, cancel_key
+from coordinator.dispatch import send_notices
+from coordinator.jobfile import JobSpec
+from coordinator.jobs import Job, JobState, add_job, get_job, new_job
+from coordinator.planning import finish
+from coordinator.rounds import abort_rounds
+from coordinator.services import Services
+from store.database import reading, writing
+from store.index import Weights
+from store.models import ModelInfo, ModelState, add_model, get_model
+from store.parties import sites as enrolled_sites
+from store.tensors import read_tensors
+from store.weights import store_weights
+
+logger = logging.getLogger(__name__)
+
+_CANCEL_SECONDS = 7 * 24 * 3600  # how long a site that is away can still learn of an abort
+
+
+def submit(services: Services, spec: JobSpec) -> Job:
+    """Record the job and tell a coordinator worker; raise InvalidJobFile or NotFound before anything has changed."""
+    sites = _check_sites(services, spec)
+    quorum = spec.quorum(len(sites))
+    if quorum > len(sites):
+        raise InvalidJobFile(f"min_sites: the quorum is {quorum}, but the job has {len(sites)} sites.")
+    _check_trainer(services, spec, sites, quorum)
+    services.blobs.check()
+    model = _initial_model(services, spec)
+    job = new_job(spec, sites=sites, model_id=model.model_id if model else None, submitted_by=_user())
+    with writing(services.engine) as connection:
+        if model is not None and spec.initial_model.file is not None:
+            add_model(connection, model)
+        add_job(connection, job)
+    try:
+        services.app.send_task(
+            CoordinatorTask.ADVANCE.value, args=[job.job_id], queue=COORDINATOR_QUEUE, argsrepr=job.name, ignore_result=True
+        )
+    except OperationalError as error:  # it was there a moment ago; the sweeper starts the job when it is back
+        logger.warning("The job waits for the broker: %s", error, extra={"action": "submit_waits", "job": job.job_id})
+    return job
+
+
+def abort(services: Services, job_id: str, reason: str) -> Job:
+    """End the job now: its rounds are aborted, its sites stop working for it; raise Conflict if it has ended."""
+    with reading(services.engine) as connection:
+        job = get_job(connection, job_id)
+    members = job.spec.sites or job.sites
+    with writing(services.engine) as connection:
+        if not finish(connection, job, JobState.ABORTED, reason):
+            raise Conflict(f"Job {job.name} ({job.job_id}) has ended: it is {get_job(connection, job.job_id).state}.")
+        abort_rounds(connection, job.job_id, reason)
+    try:
+        for site in members:
+            services.broker.set(cancel_key(site, job.job_id), reason, ex=_CANCEL_SECONDS)
+        send_notices(services)
+    except (RedisError, OperationalError) as error:
+        raise BrokerUnavailable(
+            f"The job is aborted, but its sites could not be told ({error}); they stop at their round's deadline."
+        ) from error
+    with reading(services.engine) as connection:
+        return get_job(connection, job.job_id)
+
+
+def _check_sites(services: Services, spec: JobSpec) -> tuple[str, ...]:
+    with reading(services.engine) as connection:
+        known = {party.site: party for party in enrolled_sites(connection) if party.site}
+    if spec.sites is None:
+        chosen = sorted(name for name, party in known.items() if party.enabled)
+        if not chosen:
+            raise InvalidJobFile("sites: no site is enrolled and enabled; enroll one with `fedchord sites add`.")
+        return tuple(chosen)
+    if unknown := sorted(set(spec.sites) - known.keys()):
+        raise InvalidJobFile(
+            f"sites: no site {unknown[0]!r}; enrolled are {', '.join(sorted(known)) or 'none'}."
+        )
+    if disabled := [name for name in spec.sites if not known[name].enabled]:
+        raise InvalidJobFile(
+            f"sites: site {disabled[0]!r} is disabled ({known[disabled[0]].reason}); "
+            f"`fedchord sites enable {disabled[0]}` takes it back."
+        )
+    return tuple(sorted(spec.sites))
+
+
+def _check_trainer(services: Services, spec: JobSpec, sites: tuple[str, ...], quorum: int) -> None:
+    """Refuse a trainer that too many of the sites that are alive do not offer; those that are away are not known."""
+    heartbeats = read_heartbeats(services.broker, sites)
+    lacking = sorted(name for name, heartbeat in heartbeats.items() if spec.trainer not in heartbeat.trainers)
+    if len(sites) - len(lacking) < quorum:
+        offered = sorted({trainer for heartbeat in heartbeats.values() for trainer in heartbeat.trainers})
+        raise InvalidJobFile(
+            f"trainer: {spec.trainer!r} is not on the list of {', '.join(lacking[:5])}"
+            f"{' and others' if len(lacking) > 5 else ''}; offered are {', '.join(offered) or 'none'}."
+        )
+
+
+def _initial_model(services: Services, spec: JobSpec) -> ModelInfo | None:
+    source = spec.initial_model
+    if source.model is not None:
+        with reading(services.engine) as connection:
+            model = get_model(connection, source.model)
+        if not model.shards:
+            raise InvalidJobFile(f"initial_model.model: model {source.model} holds no tensors.")
+        return model
+    if source.file is None:
+        return None
+    weights = _import_file(services, source.file)
+    return ModelInfo(
+        store=f"ddc:{spec.name}",
+        model_kind="initial",
+        model_description=f"{spec.name}: initial model from {source.file.name}",
+        model_state=ModelState.CREATED,
+        model_hash=weights.index.digest,
+        model_size=weights.size,
+        shards=weights.shards,
+    )
+
+
+def _import_file(services: Services, file: Path) -> Weights:
+    try:
+        tensors = read_tensors(file)
+    except InvalidTensors as error:
+        raise InvalidJobFile(f"initial_model.file: {file} is not valid safetensors: {error.message}") from error
+    if not tensors:
+        raise InvalidJobFile(f"initial_model.file: {file} holds no tensors.")
+    return store_weights(services.blobs, tensors, services.settings.shard_bytes)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no name for this user id, as in a container
+        return ""

@@ -1,0 +1,97 @@
+"""Look, every second, for what should have happened and has not: a deadline that has passed, a message that was lost,
+a coordinator that died between two steps. Any number of processes may sweep; every step can be repeated.
+"""
+
+import logging
+import threading
+import time
+from typing import Any
+
+from celery import bootsteps
+
+from common.errors import FedChordError
+from coordinator.closing import start_job
+from coordinator.dispatch import call_back, complete_part, publish_round, send_notices
+from coordinator.jobs import JobState, find_jobs
+from coordinator.rounds import drop_waiting, find_overdue, find_parts
+from coordinator.services import Services, services_of
+from store.database import reading, writing
+
+logger = logging.getLogger(__name__)
+
+_CLEAN_SECONDS = 600.0  # between two looks for abandoned files
+_ABANDONED_SECONDS = 24 * 3600  # after which a temporary file or an unused slot belongs to nobody
+
+
+def sweep(services: Services, *, grace_seconds: float) -> int:
+    """Take up everything that is overdue by grace_seconds; return how many things that were."""
+    with reading(services.engine) as connection:
+        overdue = find_overdue(connection, grace_seconds=grace_seconds)
+        submitted = find_jobs(connection, states=(JobState.SUBMITTED,))
+    for job in submitted:
+        start_job(services, job.job_id)
+    for round_id in overdue.unpublished:
+        logger.warning("Round %s may not have been sent; sending it.", round_id, extra={"action": "resend_round"})
+        publish_round(services, round_id)
+    for round_id in overdue.expired:
+        _expire(services, round_id)
+    for round_id in overdue.unclaimed:
+        logger.warning("Round %s has every answer; taking it up.", round_id, extra={"action": "take_up_round"})
+        call_back(services, round_id)
+    send_notices(services)
+    return len(submitted) + len(overdue.unpublished) + len(overdue.expired) + len(overdue.unclaimed)
+
+
+def _expire(services: Services, round_id: str) -> None:
+    """Close a round whose deadline has passed: what is missing is dropped, and the callback runs with what is there."""
+    with writing(services.engine) as connection:
+        dropped = drop_waiting(connection, round_id, "no answer before the deadline")
+        parts = find_parts(connection, round_id)
+    logger.warning(
+        "Round %s is past its deadline: %s of %s sites have not answered.",
+        round_id,
+        dropped,
+        len(parts),
+        extra={"action": "expire_round", "round": round_id},
+    )
+    for part in parts:
+        complete_part(services, round_id, part)
+
+
+class Sweeper(bootsteps.StartStopStep):
+    """Sweep in a thread of the coordinator's worker, for as long as the worker runs."""
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, worker: Any) -> None:
+        """Begin to sweep."""
+        services = services_of(worker.app)
+        self._thread = threading.Thread(target=self._run, args=(services,), name="sweeper", daemon=True)
+        self._thread.start()
+
+    def stop(self, worker: Any) -> None:
+        """End after the sweep that is going on."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _run(self, services: Services) -> None:
+        period = services.settings.sweep_seconds
+        trouble = ""
+        next_clean = time.monotonic()
+        while not self._stopped.wait(period):
+            try:
+                sweep(services, grace_seconds=2 * period)
+                if time.monotonic() >= next_clean:
+                    services.blobs.clean(older_than_seconds=_ABANDONED_SECONDS)
+                    next_clean = time.monotonic() + _CLEAN_SECONDS
+                trouble = ""
+            except FedChordError as error:
+                if error.message != trouble:  # once, not every second
+                    trouble = error.message
+                    logger.warning("The sweep has to wait: %s", trouble, extra={"action": "sweep_waits"})
+            except Exception:
+                logger.exception("The sweep failed.", extra={"action": "sweep_failed"})

@@ -1,0 +1,1 @@
+"""Examples: what a data scientist writes, whole and runnable."""

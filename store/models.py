@@ -1,0 +1,227 @@
+"""Record models: what each one is, where it comes from, and which blobs hold it."""
+
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from enum import IntEnum
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, RowMapping, bindparam, delete, exc, insert, select, update
+
+from common.errors import Conflict, NotFound
+from store.blobs import Blob
+from store.tables import jobs, model_info, utc_now
+
+
+class ModelState(IntEnum):
+    """What became of a model; the numbers are those of the field's other model stores."""
+
+    CREATED = 10  # stored
+    FEEDBACKED = 20  # sent up, as an update is
+    AGGREGATED = 30  # made from other models
+    TRANSFERRED = 40  # received from a coordinator above
+
+
+def new_model_id() -> str:
+    """Return an id that no other model has."""
+    return str(uuid.uuid4())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """What is known of a model."""
+
+    model_id: str = field(default_factory=new_model_id)
+    store: str  # the model store's name, e.g. "ddc:digits"
+    tenant_id: str = ""  # of the party that made it
+    model_kind: str = ""
+    model_description: str = ""
+    model_meta: Mapping[str, Any] = field(default_factory=dict)  # whatever its maker wants to keep with it, as JSON
+    model_state: ModelState = ModelState.CREATED
+    model_hash: str  # sha256 of the tensors' index, or of the bytes of an opaque file; hexadecimal
+    model_size: int  # bytes of all shards
+    round: int = 0  # of the job, 0 for a model that no round made
+    hop_count: int = 0  # coordinators between its maker and this one
+    start_datetime: datetime | None = None  # when its making started
+    end_datetime: datetime | None = None  # when its making ended
+    location: Sequence[float] | str | None = None  # of its maker: [x, y], or WKB in hexadecimal
+    parents: tuple[str, ...] = ()  # ids of the models it was made from
+    job_id: str | None = None
+    site: str | None = None  # the site that made it, None for the coordinator
+    num_examples: int | None = None  # it was trained on
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # by name
+    shards: tuple[Blob, ...] = ()  # in the order of the index
+    created_at: datetime = field(default_factory=utc_now)
+    sequence: int = 0  # the order in which models were added; the database gives it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lineage:
+    """A model and those it was made from."""
+
+    model_id: str
+    model: ModelInfo | None  # None if it was deleted
+    parents: tuple["Lineage", ...] = ()
+    followed: bool = True  # False if its parents are shown elsewhere, or are more than was asked for
+
+    def walk(self) -> Iterator[tuple[int, "Lineage"]]:
+        """Yield this one and all it comes from, each with its depth and before its parents."""
+        waiting = [(0, self)]
+        while waiting:
+            depth, lineage = waiting.pop()
+            yield depth, lineage
+            waiting.extend((depth + 1, parent) for parent in reversed(lineage.parents))
+
+
+# Statements that are asked for often are built once: to build one costs as much as to run it.
+_SELECT = select(*(model_info.c[column.name] for column in fields(ModelInfo)))
+_SELECT_ONE = _SELECT.where(model_info.c.model_id == bindparam("model_id"))
+_INSERT = insert(model_info).returning(model_info.c.sequence)
+
+
+def add_model(connection: Connection, info: ModelInfo) -> ModelInfo:
+    """Record the model and return it with its sequence; raise Conflict if its id is taken."""
+    values = {column.name: getattr(info, column.name) for column in fields(info) if column.name != "sequence"}
+    values["shards"] = [{"digest": shard.digest, "size": shard.size} for shard in info.shards]
+    try:
+        sequence = connection.scalars(_INSERT, values).one()
+    except exc.IntegrityError as error:
+        raise Conflict(f"There is a model {info.model_id} already; give the new one its own id.") from error
+    return replace(info, sequence=sequence)
+
+
+def get_model(connection: Connection, model_id: str) -> ModelInfo:
+    """Return the model; raise NotFound if there is none with that id."""
+    row = connection.execute(_SELECT_ONE, {"model_id": model_id}).mappings().first()
+    if row is None:
+        raise _no_model(model_id)
+    return _model(row)
+
+
+def get_models(connection: Connection, model_ids: Sequence[str]) -> tuple[ModelInfo, ...]:
+    """Return the models in the order asked for; raise NotFound if there is none with one of the ids."""
+    found = _by_id(connection, model_ids)
+    for model_id in model_ids:
+        if model_id not in found:
+            raise _no_model(model_id)
+    return tuple(found[model_id] for model_id in model_ids)
+
+
+def find_models(
+    connection: Connection,
+    *,
+    store: str | None = None,
+    job_id: str | None = None,
+    state: ModelState | None = None,
+    kind: str | None = None,
+    round: int | None = None,
+    newest_first: bool = True,
+    limit: int | None = None,
+    offset: int = 0,
+) -> tuple[ModelInfo, ...]:
+    """Return the models for which all that is given holds."""
+    matching = _matching(store=store, job_id=job_id, state=state, kind=kind, round=round)
+    order = model_info.c.sequence.desc() if newest_first else model_info.c.sequence
+    query = _SELECT.where(*matching).order_by(order).limit(limit).offset(offset)
+    return tuple(_model(row) for row in connection.execute(query).mappings())
+
+
+def latest_model(
+    connection: Connection,
+    *,
+    store: str | None = None,
+    job_id: str | None = None,
+    state: ModelState | None = None,
+    kind: str | None = None,
+    round: int | None = None,
+) -> ModelInfo | None:
+    """Return the model that was added last among those for which all that is given holds, or None."""
+    matching = _matching(store=store, job_id=job_id, state=state, kind=kind, round=round)
+    query = _SELECT.where(*matching).order_by(model_info.c.sequence.desc()).limit(1)
+    row = connection.execute(query).mappings().first()
+    return None if row is None else _model(row)
+
+
+def set_metrics(connection: Connection, model_id: str, metrics: Mapping[str, Any]) -> None:
+    """Replace the model's metrics, as when it has been tested; raise NotFound if there is none with that id."""
+    changed = update(model_info).where(model_info.c.model_id == model_id).values(metrics=dict(metrics))
+    if connection.execute(changed).rowcount == 0:
+        raise _no_model(model_id)
+
+
+def delete_model(connection: Connection, model_id: str) -> None:
+    """Forget the model, not its blobs; raise NotFound if there is none, Conflict while a job goes on from it."""
+    users = connection.scalars(
+        select(jobs.c.job_id).where(jobs.c.model_id == model_id, jobs.c.finished_at.is_(None))
+    ).all()
+    if users:
+        raise Conflict(f"Model {model_id} is the current one of job {users[0]}; wait for the job or abort it first.")
+    if connection.execute(delete(model_info).where(model_info.c.model_id == model_id)).rowcount == 0:
+        raise _no_model(model_id)
+
+
+def lineage(connection: Connection, model_id: str, *, max_models: int = 10_000) -> Lineage:
+    """Return the model with all it comes from, a parent that several share being followed only once.
+
+    Of a lineage of more than max_models, the nearest are returned. Raise NotFound if there is no such model.
+    """
+    models: dict[str, ModelInfo | None] = {model_id: get_model(connection, model_id)}
+    level = [model_id]
+    while level:  # one query for each generation
+        wanted = dict.fromkeys(parent for child in level for parent in _parents(models[child]) if parent not in models)
+        level = list(wanted)[: max_models - len(models)]
+        found = _by_id(connection, level)
+        models.update((parent, found.get(parent)) for parent in level)
+    return _nested(models)
+
+
+def _nested(models: dict[str, ModelInfo | None]) -> Lineage:
+    """Nest models that are in the order of their generations, from the oldest to the first, without recursion."""
+    place: dict[str, str] = {}  # the child under which a model is followed
+    for child, model in models.items():
+        for parent in _parents(model):
+            place.setdefault(parent, child)
+    root = next(iter(models))
+    done: dict[str, Lineage] = {}
+    for child, model in reversed(models.items()):
+        parents = tuple(
+            done[parent]
+            if parent in done and place[parent] == child
+            else Lineage(model_id=parent, model=models.get(parent), followed=False)
+            for parent in _parents(model)
+        )
+        done[child] = Lineage(model_id=child, model=model, parents=parents)
+    return done[root]
+
+
+def _parents(model: ModelInfo | None) -> tuple[str, ...]:
+    return () if model is None else tuple(dict.fromkeys(model.parents))
+
+
+def _by_id(connection: Connection, model_ids: Sequence[str]) -> dict[str, ModelInfo]:
+    found: dict[str, ModelInfo] = {}
+    for start in range(0, len(model_ids), 1000):  # a statement holds some ten thousand values at most
+        some = model_ids[start : start + 1000]
+        rows = connection.execute(_SELECT.where(model_info.c.model_id.in_(some))).mappings()
+        found.update((model.model_id, model) for model in map(_model, rows))
+    return found
+
+
+def _matching(
+    *, store: str | None, job_id: str | None, state: ModelState | None, kind: str | None, round: int | None
+) -> list[ColumnElement[bool]]:
+    wanted = {"store": store, "job_id": job_id, "model_state": state, "model_kind": kind, "round": round}
+    return [model_info.c[name] == value for name, value in wanted.items() if value is not None]
+
+
+def _model(row: RowMapping) -> ModelInfo:
+    values: dict[str, Any] = {**row}
+    values["model_state"] = ModelState(values["model_state"])
+    values["parents"] = tuple(values["parents"])
+    values["shards"] = tuple(Blob(digest=shard["digest"], size=shard["size"]) for shard in values["shards"])
+    return ModelInfo(**values)
+
+
+def _no_model(model_id: str) -> NotFound:
+    return NotFound(f"There is no model {model_id!r}; `fedchord models` lists those that there are.")

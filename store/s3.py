@@ -1,0 +1,268 @@
+"""Keep blobs in a bucket of any S3 store, and what was verified of them in a local cache.
+
+    blobs/<digest>   a blob
+    slots/<slot>     what was written with a reference, until it is accepted
+
+References are presigned URLs. A presigned PUT can be repeated until it expires, and not every store stops that, so nothing
+is read that was not hashed on the way here: what `accept` verified is what `open` returns, and a blob that has left the
+cache is verified again when it is fetched.
+"""
+
+import hashlib
+import io
+import logging
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import BinaryIO
+
+from minio import Minio
+from minio.commonconfig import CopySource
+from minio.error import MinioException, S3Error
+from urllib3.exceptions import HTTPError
+
+from common.errors import DiskFull, NotFound, StoreUnavailable, UpdateRejected
+from store.blobs import (
+    BLOCK_BYTES,
+    Blob,
+    check_digest,
+    check_disk,
+    check_slot,
+    damaged,
+    disk_errors,
+    hash_file,
+    write_all,
+)
+from store.cache import BlobCache
+from store.transfer import Transfer
+
+logger = logging.getLogger(__name__)
+
+_UPLOAD_SECONDS = 24 * 3600  # how long our own uploads may take to begin, repetitions included
+_LONGEST_REFERENCE_SECONDS = 7 * 24 * 3600  # S3's own limit
+_TIMEOUT_SECONDS = 60  # without a single byte moving
+_BLOBS = "blobs/"
+_SLOTS = "slots/"
+_MISSING = {"NoSuchKey", "NoSuchObject"}
+_FULL = {"XMinioStorageFull", "InsufficientStorage", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded"}
+
+
+class S3Store:
+    """Keep blobs in a bucket."""
+
+    def __init__(
+        self,
+        client: Minio,
+        bucket: str,
+        *,
+        cache_folder: Path,
+        cache_bytes: int,  # least recently used blobs leave the cache when it has more
+        public_client: Minio | None = None,  # signs references with the address at which sites reach the store
+    ) -> None:
+        self._client = client
+        self._public_client = public_client or client
+        self._bucket = bucket
+        self._cache = BlobCache(cache_folder.resolve() / "blobs", cache_bytes)
+        self._scratch = cache_folder.resolve() / "scratch"
+        self._transfer = Transfer(shared_folder=None, timeout_seconds=_TIMEOUT_SECONDS)
+
+    def prepare(self) -> None:
+        """Create the bucket and the cache's folders."""
+        with disk_errors(self._scratch):
+            self._cache.folder.mkdir(parents=True, exist_ok=True)
+            self._scratch.mkdir(parents=True, exist_ok=True)
+        with self._errors():
+            if not self._client.bucket_exists(self._bucket):
+                try:
+                    self._client.make_bucket(self._bucket)
+                except S3Error as error:
+                    if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                        raise
+
+    def check(self) -> None:
+        """Raise StoreUnavailable or DiskFull unless one can write now, to the bucket and to the cache."""
+        check_disk(self._scratch)
+        with self._errors():
+            self._client.put_object(self._bucket, "check", io.BytesIO(b"1"), 1)
+
+    def scratch(self) -> Path:
+        """Return a folder on the cache's disk."""
+        return self._scratch
+
+    def put(self, path: Path, *, blob: Blob | None = None) -> Blob:
+        """Upload the file and move it to the cache."""
+        with disk_errors(path.parent):
+            blob = hash_file(path) if blob is None else check_size(path, blob)
+            with self._errors():
+                url = self._client.presigned_put_object(
+                    self._bucket, _key(blob.digest), timedelta(seconds=_UPLOAD_SECONDS)
+                )
+            # A presigned upload streams the file once; the client's own would read, hash and buffer it in parts.
+            self._transfer.upload(path, url)
+            self._cache.add(path, blob)
+        return blob
+
+    def find(self, digest: str) -> Blob:
+        """Return the stored blob of the digest, by what the bucket says."""
+        with self._errors(missing=digest):
+            size = self._client.stat_object(self._bucket, _key(check_digest(digest))).size
+        return Blob(digest=digest, size=size or 0)
+
+    def open(self, blob: Blob) -> BinaryIO:
+        """Open the blob in the cache; fetch and verify it first when it is not there."""
+        if (file := self._cache.open(blob)) is not None:
+            return file
+        with self._new_file() as path:
+            with self._errors(missing=blob.digest):
+                wrong, _ = self._download(_key(blob.digest), path, blob)
+            if wrong:
+                raise damaged(blob, wrong)
+            file = path.open("rb", buffering=0)
+            self._cache.add(path, blob)
+            return file
+
+    def delete(self, digest: str) -> bool:
+        """Forget the blob, in the bucket and in this cache."""
+        self._cache.remove(check_digest(digest))
+        try:
+            self.find(digest)
+        except NotFound:
+            return False
+        with self._errors():
+            self._client.remove_object(self._bucket, _key(digest))
+        logger.info("Blob %s was deleted", digest, extra={"action": "blob_deleted"})
+        return True
+
+    def blobs(self) -> Iterator[Blob]:
+        """Go through everything in the bucket."""
+        with self._errors():
+            for found in self._client.list_objects(self._bucket, prefix=_BLOBS, recursive=True):
+                yield Blob(digest=(found.object_name or "").removeprefix(_BLOBS), size=found.size or 0)
+
+    def read_url(self, blob: Blob, *, seconds: int) -> str:
+        """Return a presigned URL to GET the blob."""
+        with self._errors():
+            return self._public_client.presigned_get_object(self._bucket, _key(blob.digest), _period(seconds))
+
+    def write_url(self, slot: str, *, seconds: int) -> str:
+        """Return a presigned URL to PUT an object at the slot."""
+        with self._errors():
+            return self._public_client.presigned_put_object(self._bucket, _slot_key(slot), _period(seconds))
+
+    def accept(self, slot: str, blob: Blob) -> None:
+        """Download what was written at the slot, verify it, and have the store copy just that to the blob's key."""
+        key = _slot_key(slot)
+        with self._new_file() as path, self._errors():
+            try:
+                wrong, etag = self._download(key, path, blob)
+                if wrong:
+                    raise UpdateRejected(
+                        f"What was written at {slot} is {wrong}, but {blob.size} bytes with the digest {blob.digest} "
+                        "were announced."
+                    )
+                source = CopySource(self._bucket, key, match_etag=etag)
+                self._client.copy_object(self._bucket, _key(blob.digest), source)
+            except S3Error as error:
+                if error.code == "PreconditionFailed":
+                    raise UpdateRejected(f"What was written at {slot} changed while it was verified.") from error
+                if error.code not in _MISSING:
+                    raise
+                if not self._has(blob):
+                    raise UpdateRejected(
+                        f"Nothing was written at {slot}; upload the update before announcing it."
+                    ) from error
+                return  # accepted before, perhaps by another coordinator
+            self._cache.add(path, blob)
+            self._client.remove_object(self._bucket, key)
+        logger.debug("Slot %s became blob %s", slot, blob.digest, extra={"action": "slot_accepted"})
+
+    def discard(self, slot: str) -> None:
+        """Remove the object at the slot."""
+        with self._errors():
+            self._client.remove_object(self._bucket, _slot_key(slot))
+
+    def clean(self, *, older_than_seconds: float) -> int:
+        """Remove abandoned slots and temporary files; presigned URLs expire by themselves."""
+        removed = 0
+        before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
+        with self._errors():
+            for found in self._client.list_objects(self._bucket, prefix=_SLOTS, recursive=True):
+                if found.last_modified and found.last_modified <= before:
+                    self._client.remove_object(self._bucket, found.object_name or "")
+                    removed += 1
+        with disk_errors(self._scratch):
+            for path in self._scratch.iterdir():
+                if path.lstat().st_mtime <= before.timestamp():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                    removed += 1
+        return removed
+
+    def _has(self, blob: Blob) -> bool:
+        try:
+            return self.find(blob.digest) == blob
+        except NotFound:
+            return False
+
+    def _download(self, key: str, path: Path, blob: Blob) -> tuple[str, str]:
+        """Download an object that should be the blob; return what it is if it is not, and its ETag."""
+        response = self._client.get_object(self._bucket, key)
+        try:
+            length = int(response.headers.get("Content-Length", blob.size))
+            if length != blob.size:
+                return f"{length} bytes", ""
+            hasher = hashlib.sha256()
+            with path.open("xb", buffering=0) as file:
+                for block in response.stream(BLOCK_BYTES):
+                    hasher.update(block)
+                    write_all(file, block)
+            if (digest := hasher.hexdigest()) != blob.digest:
+                return f"bytes with the digest {digest}", ""
+            return "", response.headers.get("ETag", "").strip('"')
+        finally:
+            response.close()
+            response.release_conn()
+
+    @contextmanager
+    def _new_file(self) -> Iterator[Path]:
+        """Lend the name of a temporary file on the cache's disk, which is gone at the end unless it was moved."""
+        path = self._scratch / secrets.token_hex(16)
+        with disk_errors(self._scratch):
+            try:
+                yield path
+            finally:
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _errors(self, *, missing: str = "") -> Iterator[None]:
+        """Turn what the client raises into our errors; `missing` is the digest of the object that is asked for."""
+        try:
+            yield
+        except S3Error as error:
+            if missing and error.code in _MISSING:
+                raise NotFound(
+                    f"There is no blob {missing} in the store; it was deleted, or never put there."
+                ) from error
+            if error.code in _FULL:
+                raise DiskFull("The object store is full; free some space in it and try again.") from error
+            raise StoreUnavailable(
+                f"The object store refused ({error.code}: {error.message}); correct the FEDCHORD_S3_… settings."
+            ) from error
+        except (MinioException, HTTPError) as error:
+            raise StoreUnavailable(
+                f"The object store does not answer ({error}); start it or correct the FEDCHORD_S3_… settings."
+            ) from error
+
+
+def _key(digest: str) -> str:
+    return _BLOBS + digest
+
+
+def _slot_key(slot: str) -> str:
+    return _SLOTS + check_slot(slot)
+
+
+def _period(seconds: int) -> timedelta:
+    return timedelta(seconds=min(seconds, _LONGEST_REFERENCE_SECONDS))
