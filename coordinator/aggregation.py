@@ -4,6 +4,7 @@ The updates are read in one fixed order and each element is computed from its ow
 same to the bit however the work is cut into blocks and spread over threads.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from coordinator.strategies.base import Block, Strategy
 from store.tensors import TensorSpec, numpy_dtype
 
 BLOCK_ELEMENTS = 64 * 1024  # 256 kB of float32: block, sum and product stay in a core's second-level cache
-_THREADS = 4  # more only wait for memory
+_MOST_THREADS = 4  # more only wait for memory
 
 
 class Source(Protocol):
@@ -41,6 +42,11 @@ class _Piece:
     stop: int  # element
 
 
+def default_threads() -> int:
+    """Return how many threads aggregate at once."""
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
 def shares(num_examples: Sequence[int]) -> tuple[float, ...]:
     """Return each site's share of all examples; they add up to 1."""
     total = sum(num_examples)
@@ -54,7 +60,7 @@ def aggregate(
     num_examples: Sequence[int],
     target: Target,
     *,
-    threads: int = _THREADS,
+    threads: int | None = None,
 ) -> None:
     """Write the strategy's combination of the sources to the target.
 
@@ -63,6 +69,7 @@ def aggregate(
     is taken, element by element, which keeps counters (a batch norm's `num_batches_tracked`) whole and growing.
     """
     weights = shares(num_examples)
+    threads = threads or default_threads()
 
     def combine(piece: _Piece) -> None:
         target.write(piece.name, piece.start, _combine(strategy, piece, sources, weights))

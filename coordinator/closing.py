@@ -29,7 +29,7 @@ from coordinator.rounds import (
 from coordinator.services import Services
 from store.database import reading, writing
 from store.index import Weights
-from store.models import ModelInfo, ModelState, add_model, get_model, set_metrics
+from store.models import ModelInfo, ModelState, add_model, get_models, set_metrics
 from store.tables import utc_now
 from store.weights import WeightsReader, WeightsWriter, load_index
 
@@ -130,7 +130,7 @@ def _make_model(services: Services, job: Job, round_: Round, accepted: Sequence[
     if round_.kind is RoundKind.TEST:
         return None
     with reading(services.engine) as connection:
-        updates = [get_model(connection, part.model_id) for part in accepted if part.model_id is not None]
+        updates = get_models(connection, [part.model_id for part in accepted if part.model_id is not None])
     if round_.kind is RoundKind.START:
         return updates[0] if updates else None
     weights = _aggregate(services, job, updates)
@@ -197,7 +197,7 @@ def no_quorum(job: Job, round_: Round, parts: Sequence[Part]) -> str:
     """Return why the round cannot count: who answered what."""
     accepted = sum(part.state is PartState.ACCEPTED for part in parts)
     others = "; ".join(
-        f"{part.site} {part.state}: {part.reason}" for part in parts if part.state is not PartState.ACCEPTED
+        f"{part.site} {part.state}: {part.reason.rstrip('.')}" for part in parts if part.state is not PartState.ACCEPTED
     )
     return (
         f"In {round_.title} {accepted} of {len(parts)} sites answered well, but the quorum is {job.quorum}. {others}."

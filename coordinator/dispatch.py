@@ -101,10 +101,10 @@ def call_back(services: Services, round_id: str) -> None:
     _callback(services, round_id).apply_async(args=([],))
 
 
-def send_notices(services: Services) -> None:
-    """Send what is in the outbox."""
+def send_notices(services: Services, *, grace_seconds: float = 0) -> None:
+    """Send what has been in the outbox for so many seconds; a message may go out twice, never not at all."""
     with reading(services.engine) as connection:
-        notices = find_notices(connection)
+        notices = find_notices(connection, grace_seconds=grace_seconds)
     for notice in notices:
         with reading(services.engine) as connection:
             job = get_job(connection, notice.job_id)

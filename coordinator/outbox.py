@@ -1,6 +1,7 @@
 """Messages that ask for no answer, recorded with the change they tell of, so that neither happens without the other."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 from sqlalchemy import Connection, select, update
 
@@ -28,9 +29,11 @@ def add_notices(connection: Connection, kind: Kind, job_id: str, sites: tuple[st
         )
 
 
-def find_notices(connection: Connection, *, limit: int = 1000) -> list[Notice]:
-    """Return the messages that are not known to have been sent, the oldest first."""
-    query = select(outbox).where(outbox.c.sent_at.is_(None)).order_by(outbox.c.id).limit(limit)
+def find_notices(connection: Connection, *, grace_seconds: float = 0, limit: int = 1000) -> list[Notice]:
+    """Return the messages, so many seconds old, that are not known to have been sent, the oldest first."""
+    late = utc_now() - timedelta(seconds=grace_seconds)
+    query = select(outbox).where(outbox.c.sent_at.is_(None), outbox.c.created_at <= late)
+    query = query.order_by(outbox.c.id).limit(limit)
     return [
         Notice(
             notice_id=row["id"],

@@ -38,7 +38,7 @@ def sweep(services: Services, *, grace_seconds: float) -> int:
     for round_id in overdue.unclaimed:
         logger.warning("Round %s has every answer; taking it up.", round_id, extra={"action": "take_up_round"})
         call_back(services, round_id)
-    send_notices(services)
+    send_notices(services, grace_seconds=grace_seconds)
     return len(submitted) + len(overdue.unpublished) + len(overdue.expired) + len(overdue.unclaimed)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,6 +138,20 @@ def copy_hashed(source: BinaryIO, target: BinaryIO) -> Blob:
     return Blob(digest=hasher.hexdigest(), size=size)
 
 
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file that somebody else put there; raise InvalidInput for a link, a pipe, a folder or a device."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise InvalidInput(f"{path.name} is not a plain file; write it again.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InvalidInput(f"{path.name} is not a plain file; write it again.")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
 def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     """Write all of the data to an unbuffered file, whose `write` may take only a part."""
     view = memoryview(data)
@@ -156,7 +171,7 @@ def check_disk(folder: Path) -> None:
 
 
 def check_size(path: Path, blob: Blob) -> Blob:
-    """Return the blob that the caller hashed while it wrote the file; raise InvalidInput unless the file has its size."""
+    """Return the blob that the caller hashed while writing the file; raise InvalidInput when its size differs."""
     if (size := path.stat().st_size) != blob.size:
         raise InvalidInput(f"{path} has {size} bytes, not {blob.size}; finish writing a file before you put it.")
     return blob

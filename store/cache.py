@@ -3,8 +3,10 @@
 Files are named by digest. Any number of processes may share the folder: files appear whole and are never written again.
 """
 
+import contextlib
 import os
 import threading
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,13 +36,13 @@ class BlobCache:
                 file.close()
                 self.remove(blob.digest)
                 return None
-            os.utime(file.fileno())
+            _touch(path)
             return file
 
     def add(self, path: Path, blob: Blob) -> None:
         """Take over the verified file; blobs that were not used for longest may leave, never this one."""
         with disk_errors(self.folder):
-            os.utime(path)
+            _touch(path)
             move_file(path, self.folder / blob.digest, by_way_of=self.folder)
             with self._lock:
                 self._added_bytes += blob.size
@@ -67,3 +69,10 @@ class BlobCache:
             if evictable and total > self._limit_bytes:
                 (self.folder / name).unlink(missing_ok=True)
                 total -= size
+
+
+def _touch(path: Path) -> None:
+    """Note that the file is used now, more exactly than the file system's own clock ticks."""
+    now = time.time_ns()
+    with contextlib.suppress(FileNotFoundError):  # another process evicts it
+        os.utime(path, ns=(now, now))

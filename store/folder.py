@@ -1,48 +1,50 @@
 """Keep blobs in a local folder.
 
-    blobs/ab/<digest>           a blob, mode 0444
-    grants/<expires>-<token>    a reference: to read, a hard link to a blob; to write, a link to a slot's folder
-    bodies/<token>/body         what was written at a slot; it can be created once
-    slots/<slot>                a link to the slot's folder, which only we can find
+    blobs/<digest>              a blob, mode 0444
+    grants/<expires>-<token>    a reference to read: a hard link to a blob, which `clean` removes when it has expired
+    bodies/<token>              what was written at a slot; it can be created once
     scratch/                    files that are not finished
+    key                         what a slot's token is derived with, so that none has to be kept
 
 References are `file://` URLs. Their secret is the token: other users can enter `grants` and `bodies`, not list them.
-A reference ends when `clean` removes it. Data is not flushed to the disk: a crash of ours loses nothing; after a power
-cut a blob of the last seconds may be short, which `open` notices by its size.
+A reference to write does not expire by itself: what comes too late is never accepted, and cleaned. No reference costs
+an inode, which is what a file system is slow to create. Data is not flushed to the disk: a crash of ours loses nothing;
+after a power cut a blob of the last seconds may be short, which `open` notices by its size.
 """
 
-import errno
+import contextlib
+import hmac
 import logging
 import os
 import secrets
 import shutil
-import stat
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
-from common.errors import NotFound, UpdateRejected
+from common.errors import InvalidInput, NotFound, UpdateRejected
 from store.blobs import (
     Blob,
     check_digest,
     check_disk,
+    check_size,
     check_slot,
     copy_hashed,
     damaged,
     disk_errors,
     hash_file,
     hash_open,
+    move_file,
+    open_plain,
 )
 
 logger = logging.getLogger(__name__)
 
-BODY = "body"  # the one file that may be written in a slot's folder
-
 _LISTED_BY_US = 0o711
 _PRIVATE = 0o700
 _WRITTEN_BY_ALL = 0o1733  # others may create but neither list nor remove what is not theirs
-_OPEN_PLAIN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # neither led away nor held up by a pipe
 
 
 class FolderStore:
@@ -53,7 +55,6 @@ class FolderStore:
         self._blobs = self.folder / "blobs"
         self._grants = self.folder / "grants"
         self._bodies = self.folder / "bodies"
-        self._slots = self.folder / "slots"
         self._scratch = self.folder / "scratch"
 
     def prepare(self) -> None:
@@ -62,14 +63,13 @@ class FolderStore:
             for folder, mode in (
                 (self._blobs, _PRIVATE),
                 (self._grants, _LISTED_BY_US),
-                (self._bodies, _LISTED_BY_US),
-                (self._slots, _PRIVATE),
+                (self._bodies, _WRITTEN_BY_ALL),
                 (self._scratch, _PRIVATE),
             ):
                 folder.mkdir(parents=True, exist_ok=True)
                 folder.chmod(mode)
-            for first in range(256):
-                (self._blobs / f"{first:02x}").mkdir(exist_ok=True)
+            if not (self.folder / "key").exists():
+                self._create_key()
 
     def check(self) -> None:
         """Raise StoreUnavailable or DiskFull unless one can write now."""
@@ -120,9 +120,11 @@ class FolderStore:
     def blobs(self) -> Iterator[Blob]:
         """Go through everything stored."""
         with disk_errors(self.folder):
-            for folder in os.scandir(self._blobs):
-                for entry in os.scandir(folder.path):
+            for entry in os.scandir(self._blobs):
+                try:
                     yield Blob(digest=entry.name, size=entry.stat().st_size)
+                except FileNotFoundError:  # deleted meanwhile
+                    continue
 
     def read_url(self, blob: Blob, *, seconds: int) -> str:
         """Return a `file://` URL of a new hard link to the blob; here it must be there."""
@@ -134,41 +136,29 @@ class FolderStore:
                 raise _missing(blob.digest) from None
         return grant.as_uri()
 
-    def write_url(self, slot: str, *, seconds: int) -> str:
-        """Return a `file://` URL in the slot's folder; all references to one slot lead to the same folder."""
-        link = self._slot(slot)
-        grant = self._grants / _grant_name(seconds)
-        with disk_errors(self.folder):
-            body = self._bodies / secrets.token_hex(16)
-            try:
-                link.symlink_to(body)
-            except FileExistsError:
-                body = link.readlink()
-            body.mkdir(exist_ok=True)
-            body.chmod(_WRITTEN_BY_ALL)
-            grant.symlink_to(body)
-        return (grant / BODY).as_uri()
+    def write_url(self, slot: str, *, seconds: int) -> str:  # see above
+        """Return a `file://` URL of the file that makes the slot's body; it is the same one each time."""
+        return self._body(slot).as_uri()
 
     def accept(self, slot: str, blob: Blob) -> None:
         """Verify what was written at the slot and rename it to the blob.
 
         What another user wrote is copied, because its owner could still change it.
         """
-        body = self._slot(slot) / BODY
+        body = self._body(slot)
         with disk_errors(self.folder):
             try:
-                file = os.fdopen(os.open(body, _OPEN_PLAIN), "rb", buffering=0)
+                file = open_plain(body)
+            except InvalidInput as error:
+                raise UpdateRejected(f"What was written at {slot} is not a plain file; upload it again.") from error
             except FileNotFoundError:
                 if not self._has(blob):
                     raise UpdateRejected(
                         f"Nothing was written at {slot}; upload the update before announcing it."
                     ) from None
-                self.discard(slot)
                 return
             with file:
                 status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise UpdateRejected(f"What was written at {slot} is not a plain file; upload the update again.")
                 if status.st_size != blob.size:
                     raise UpdateRejected(
                         f"What was written at {slot} has {status.st_size} bytes, but {blob.size} were announced."
@@ -177,9 +167,11 @@ class FolderStore:
                     source, found = body, hash_open(file)
                 else:
                     source = self._scratch / secrets.token_hex(16)
-                    with source.open("wb", buffering=0) as copy:
+                    with source.open("xb", buffering=0) as copy:
                         found = copy_hashed(file, copy)
             if found != blob:
+                if source is not body:
+                    source.unlink()
                 raise UpdateRejected(
                     f"What was written at {slot} has the digest {found.digest}, but {blob.digest} was announced."
                 )
@@ -188,52 +180,47 @@ class FolderStore:
             except FileNotFoundError:  # another coordinator accepted it meanwhile
                 if not self._has(blob):
                     raise
-            self.discard(slot)
+            body.unlink(missing_ok=True)
         logger.debug("Slot %s became blob %s", slot, blob.digest, extra={"action": "slot_accepted"})
 
     def discard(self, slot: str) -> None:
-        """Remove the slot's folder and the way to it."""
-        link = self._slot(slot)
+        """Remove the slot's body."""
         with disk_errors(self.folder):
-            try:
-                _remove_folder(link.readlink())
-                link.unlink()
-            except FileNotFoundError:
-                return  # nothing was ever granted, or somebody else was quicker
+            _remove(self._body(slot))
 
     def clean(self, *, older_than_seconds: float) -> int:
-        """Remove expired references, slots that no reference leads to any more, and temporary files."""
+        """Remove expired references to read, bodies that nobody accepted, and temporary files."""
         now = time.time()
         before = now - older_than_seconds
-        removed = 0
         with disk_errors(self.folder):
-            granted = set()
-            for entry in os.scandir(self._grants):
-                if float(entry.name.partition("-")[0]) <= now:
-                    Path(entry.path).unlink(missing_ok=True)
-                    removed += 1
-                elif entry.is_symlink():
-                    granted.add(str(Path(entry.path).readlink()))
-            for entry in os.scandir(self._bodies):
-                if entry.path not in granted and _left_before(entry, before):
-                    _remove_folder(Path(entry.path))
-                    removed += 1
-            for entry in os.scandir(self._slots):
-                if not os.path.exists(entry.path) and _left_before(entry, before):  # noqa: PTH110  # a hot loop
-                    Path(entry.path).unlink(missing_ok=True)
-            for entry in os.scandir(self._scratch):
-                if _left_before(entry, before):
-                    shutil.rmtree(entry.path) if entry.is_dir() else Path(entry.path).unlink(missing_ok=True)
-                    removed += 1
-        if removed:
-            logger.info("Removed %d leftovers from %s", removed, self.folder, extra={"action": "store_cleaned"})
-        return removed
+            left = [entry.path for entry in os.scandir(self._grants) if int(entry.name.partition("-")[0]) <= now]
+            for folder in (self._bodies, self._scratch):
+                left += [entry.path for entry in os.scandir(folder) if _left_before(entry, before)]
+            for path in left:
+                _remove(Path(path))
+        if left:
+            logger.info("Removed %d leftovers from %s", len(left), self.folder, extra={"action": "store_cleaned"})
+        return len(left)
 
     def _path(self, digest: str) -> Path:
-        return self._blobs / digest[:2] / digest
+        return self._blobs / digest
 
-    def _slot(self, slot: str) -> Path:
-        return self._slots / check_slot(slot).replace("/", "%")
+    def _body(self, slot: str) -> Path:
+        token = hmac.digest(self._key, check_slot(slot).encode(), "sha256").hex()[:32]
+        return self._bodies / token
+
+    @cached_property
+    def _key(self) -> bytes:
+        with disk_errors(self.folder):
+            return (self.folder / "key").read_bytes()
+
+    def _create_key(self) -> None:
+        own = self._scratch / secrets.token_hex(16)
+        own.touch(0o600)
+        own.write_bytes(secrets.token_bytes(32))
+        with contextlib.suppress(FileExistsError):  # another process was quicker
+            os.link(own, self.folder / "key")
+        own.unlink()
 
     def _has(self, blob: Blob) -> bool:
         try:
@@ -257,19 +244,17 @@ def _grant_name(seconds: int) -> str:
     return f"{int(time.time()) + seconds}-{secrets.token_hex(16)}"
 
 
-def _left_before(entry: os.DirEntry[str], before: float) -> bool:
+def _remove(path: Path) -> None:
+    """Remove what is there, even if another user made it a folder."""
     try:
-        return entry.stat(follow_symlinks=False).st_mtime <= before
+        path.unlink(missing_ok=True)
+    except (IsADirectoryError, PermissionError):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _left_before(entry: os.DirEntry[str], before: float) -> bool:
+    """Return whether the file is where it is since before then; its content may be older."""
+    try:
+        return entry.stat(follow_symlinks=False).st_ctime <= before
     except FileNotFoundError:  # somebody else cleans
         return False
-
-
-def _remove_folder(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        if error.errno != errno.ENOTEMPTY:
-            raise
-        shutil.rmtree(folder, ignore_errors=True)  # what a late writer adds now is cleaned next time

@@ -3,9 +3,9 @@
     blobs/<digest>   a blob
     slots/<slot>     what was written with a reference, until it is accepted
 
-References are presigned URLs. A presigned PUT can be repeated until it expires, and not every store stops that, so nothing
-is read that was not hashed on the way here: what `accept` verified is what `open` returns, and a blob that has left the
-cache is verified again when it is fetched.
+References are presigned URLs. A presigned PUT can be repeated until it expires, and not every store stops that, so
+nothing is read that was not hashed on the way here: what `accept` verified is what `open` returns, and a blob that has
+left the cache is verified again when it is fetched.
 """
 
 import hashlib
@@ -30,6 +30,7 @@ from store.blobs import (
     Blob,
     check_digest,
     check_disk,
+    check_size,
     check_slot,
     damaged,
     disk_errors,

@@ -11,7 +11,6 @@ import os
 import random
 import re
 import secrets
-import stat
 import time
 from http import HTTPStatus
 from pathlib import Path
@@ -23,13 +22,12 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 from common.errors import InvalidInput, NotFound, StoreUnavailable
-from store.blobs import BLOCK_BYTES, Blob, copy_hashed, disk_errors, hash_file, hash_open, write_all
+from store.blobs import BLOCK_BYTES, Blob, copy_hashed, disk_errors, hash_file, hash_open, open_plain, write_all
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_PAUSE_SECONDS = 10.0
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP}  # then copy
-_OPEN_PLAIN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # neither led away nor held up by a pipe
 _SECRET = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")  # what makes a file reference hard to guess
 _S3_CODE = re.compile(rb"<Code>(\w{1,60})</Code>")
 _PASSING = {408, 409, 416, 425, 429, 500, 502, 503, 504}  # answers that may be another one next time
@@ -267,18 +265,14 @@ def _link_or_copy(source: Path, target: Path) -> Blob:
     """Make the target a file with the bytes of the source; return the blob that it is."""
     try:
         os.link(source, target, follow_symlinks=False)
-        descriptor = os.open(target, _OPEN_PLAIN)
-        copied = False
+        file, copied = open_plain(target), False
     except FileNotFoundError as error:
         raise _ended(source) from error
     except OSError as error:
         if error.errno not in _CANNOT_LINK:
             raise
-        descriptor = os.open(source, _OPEN_PLAIN)
-        copied = True
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise InvalidInput(f"{source.name} is not a plain file; ask the coordinator for a new reference.")
+        file, copied = open_plain(source), True
+    with file:
         if not copied:
             return hash_open(file)
         with target.open("xb", buffering=0) as copy:

@@ -71,9 +71,13 @@ def write_weights(folder: Path, tensors: Mapping[str, Array], shard_bytes: int) 
 def store_weights(store: BlobStore, tensors: Mapping[str, Array], shard_bytes: int) -> Weights:
     """Store the arrays as shards with an index."""
     schema = schema_of(tensors)
-    with scratch_folder(store) as folder:
-        shards = [store.put(path, blob=blob) for path, blob in write_weights(folder, tensors, shard_bytes)]
-    return _keep_index(store, schema, _positions(plan_shards(schema, shard_bytes)), shards)
+    plan = plan_shards(schema, shard_bytes)
+    shards = []
+    for names in plan:
+        with _scratch_file(store) as path:
+            blob = write_shard(path, {name: tensors[name] for name in names}, metadata=SHARD_METADATA)
+            shards.append(store.put(path, blob=blob))
+    return _keep_index(store, schema, _positions(plan), shards)
 
 
 def inspect_shards(store: BlobStore, shards: Sequence[Blob]) -> Weights:
@@ -241,22 +245,15 @@ class WeightsWriter:
         self._lock = threading.Lock()
         self._missing = {name: spec.num_elements for name, spec in schema.items()}  # elements not written yet
         self._places: dict[str, tuple[Path, int]] = {}  # each tensor's file and offset in it
-        self._folder = scratch_folder(store)
+        self._paths: list[Path] = []  # the shards' files
 
     def __enter__(self) -> Self:
         """Create the shard files in their full size, with their headers."""
-        folder = self._folder.__enter__()
         try:
-            with disk_errors(folder):
-                self._paths = [folder / shard_file(position, len(self._plan)) for position in range(len(self._plan))]
-                for path, names in zip(self._paths, self._plan, strict=True):
-                    first, locations = lay_out({name: self._schema[name] for name in names}, SHARD_METADATA)
-                    with path.open("xb", buffering=0) as file:
-                        write_all(file, first)
-                        file.truncate(max((location.end for location in locations.values()), default=len(first)))
-                    self._places.update((name, (path, location.begin)) for name, location in locations.items())
-        except BaseException as error:
-            self._folder.__exit__(type(error), error, error.__traceback__)
+            for names in self._plan:
+                self._create({name: self._schema[name] for name in names})
+        except BaseException:
+            self._remove()
             raise
         return self
 
@@ -264,7 +261,7 @@ class WeightsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove what was not finished."""
-        self._folder.__exit__(kind, error, trace)
+        self._remove()
 
     def write(self, name: str, start: int, values: Array) -> None:
         """Write the values, of the tensor's dtype, as its elements from `start` on; write no element twice."""
@@ -288,6 +285,20 @@ class WeightsWriter:
         shards = [self._store.put(path, blob=blob) for path, blob in zip(self._paths, blobs, strict=True)]
         return _keep_index(self._store, self._schema, _positions(self._plan), shards)
 
+    def _create(self, schema: Schema) -> None:
+        path = self._store.scratch() / secrets.token_hex(16)
+        first, locations = lay_out(schema, SHARD_METADATA)
+        with disk_errors(path.parent), path.open("xb", buffering=0) as file:
+            self._paths.append(path)
+            write_all(file, first)
+            file.truncate(max((location.end for location in locations.values()), default=len(first)))
+        self._places.update((name, (path, location.begin)) for name, location in locations.items())
+
+    def _remove(self) -> None:
+        with disk_errors(self._store.scratch()):
+            for path in self._paths:
+                path.unlink(missing_ok=True)
+
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
@@ -302,21 +313,18 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch_folder(store: BlobStore) -> Iterator[Path]:
-    """Lend a new folder in the store's scratch, which is gone at the end."""
-    folder = store.scratch() / secrets.token_hex(16)
-    with disk_errors(folder):
-        folder.mkdir()
+def _scratch_file(store: BlobStore) -> Iterator[Path]:
+    """Lend the name of a new file in the store's scratch, which is gone at the end unless the store took it over."""
+    path = store.scratch() / secrets.token_hex(16)
     try:
-        yield folder
+        yield path
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # `clean` removes what stays
+        path.unlink(missing_ok=True)
 
 
 def _keep_index(store: BlobStore, schema: Schema, shard_of: Mapping[str, int], shards: Sequence[Blob]) -> Weights:
     weights = describe_weights(schema, shard_of, shards)
-    with scratch_folder(store) as folder, disk_errors(folder):
-        path = folder / INDEX_FILE
+    with _scratch_file(store) as path, disk_errors(path.parent):
         path.write_bytes(build_index(schema, shard_of, shards))
         store.put(path, blob=weights.index)
     return weights

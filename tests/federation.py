@@ -21,10 +21,12 @@ from common.heartbeats import Heartbeat, write_heartbeat
 from common.messages import (
     COORDINATOR,
     SITE_MESSAGES,
+    ClientRemoved,
     Envelope,
     Message,
     PartDeclined,
     Shard,
+    TrainingFinished,
     TrainingStart,
     UpdateReady,
 )
@@ -63,14 +65,26 @@ class ScriptedSite:
     services: Services
     key: SigningKey
     app: Celery
-    seen: list[Message] = field(default_factory=list)
+    told: set[tuple[str, str]] = field(default_factory=set)  # notices that have come, by kind and job
 
     def beat(self, *, trainers: tuple[str, ...] = ("constant",)) -> None:
         """Say once that the site is alive."""
         write_heartbeat(self.services.broker, self.name, heartbeat(trainers), lifetime_seconds=60)
 
+    def forget(self) -> None:
+        """Empty the site's queue."""
+        self.services.broker.delete(site_queue(self.name))
+
     def receive(self, *, seconds: float = 20) -> Message:
-        """Return the next message on the site's queue."""
+        """Return the next message on the site's queue; pass over a notice that has come before."""
+        message = self._receive(seconds)
+        while isinstance(message, TrainingFinished | ClientRemoved) and (message.kind, message.job_id) in self.told:
+            message = self._receive(seconds)
+        if isinstance(message, TrainingFinished | ClientRemoved):
+            self.told.add((message.kind, message.job_id))
+        return message
+
+    def _receive(self, seconds: float) -> Message:
         with Connection(self.services.settings.broker_url.get_secret_value()) as connection:
             queue = connection.SimpleQueue(site_queue(self.name), serializer="msgpack")
             queue.consumer.accept = {"application/x-msgpack"}
@@ -78,9 +92,7 @@ class ScriptedSite:
             delivered.ack()
             queue.close()
         envelope = Envelope.read(delivered.payload[0][0])
-        message = envelope.open(SITE_MESSAGES, recipient=self.name, public_key=self.services.key.public_key)
-        self.seen.append(message)
-        return message
+        return envelope.open(SITE_MESSAGES, recipient=self.name, public_key=self.services.key.public_key)
 
     def tensors(self, message: Any) -> dict[str, np.ndarray]:
         """Return the global model that the message refers to, fetched as a site does."""

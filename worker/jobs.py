@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from worker.trainers import Trainers
 logger = logging.getLogger(__name__)
 
 KEEP_SECONDS = 30 * 24 * 3600  # a job that was not touched for so long will not be told to have ended
+_FRESH_SECONDS = 24 * 3600  # how often it is noted that the job goes on
 
 _RECORD = "job.json"  # what is needed to make the job's trainer again
 _OWN = "trainer"  # the trainer's own folder
@@ -58,7 +60,7 @@ class Jobs:
             self._write(context)
             made = self._made[part.job_id] = self._trainers.make(context)
         else:
-            self._record(part.job_id).touch()
+            _keep_fresh(self._record(part.job_id))
         return made
 
     def recall(self, job_id: str) -> Trainer | None:
@@ -100,6 +102,12 @@ class Jobs:
         with disk_errors(self._folder):
             context.folder.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(values), "utf-8")
+
+
+def _keep_fresh(record: Path) -> None:
+    now = time.time()
+    if now - record.stat().st_mtime > _FRESH_SECONDS:
+        os.utime(record, (now, now))
 
 
 def _has_finish(trainer: type[Trainer]) -> bool:

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import re
-import secrets
 import time
 from pathlib import Path
 
@@ -46,29 +45,24 @@ class Receipts:
     def keep(self, task_id: str, attempt: int, answer: bytes) -> None:
         """Write the answer; raise DiskFull or StoreUnavailable when that fails."""
         path = self._path(task_id, attempt)
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         with disk_errors(self._folder):
             try:
                 temporary.write_bytes(answer)
                 temporary.replace(path)
-            finally:
+            except BaseException:
                 temporary.unlink(missing_ok=True)
-            self._starts(task_id, attempt).unlink(missing_ok=True)
+                raise
 
-    def count_start(self, task_id: str, attempt: int) -> int:
-        """Note that work on the part begins; return how often it has, this time included."""
-        descriptor = os.open(self._starts(task_id, attempt), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, b".")
-            return os.fstat(descriptor).st_size
-        finally:
-            os.close(descriptor)
+    def count_repeat(self, task_id: str, attempt: int) -> int:
+        """Note that the part's message was handed out again; return how often it has been, this time included."""
+        path = self._path(task_id, attempt)
+        with disk_errors(self._folder), path.with_name(f"{path.name}.repeats").open("ab") as file:
+            file.write(b".")
+            return file.tell()
 
     def _path(self, task_id: str, attempt: int) -> Path:
         return self._folder / f"{check_id(task_id)}.{attempt}"
-
-    def _starts(self, task_id: str, attempt: int) -> Path:
-        return self._folder / f"{check_id(task_id)}.{attempt}.starts"
 
 
 def check_id(identifier: str) -> str:

@@ -1,8 +1,7 @@
-"""Scratch folders: one for each part, gone when the part is done or, at the latest, when the site starts again."""
+"""Scratch folders: one for each process, empty between parts, gone at the latest when the site starts again."""
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,18 +20,27 @@ def prepare_scratch(parent: Path) -> None:
     with disk_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
         for folder in parent.iterdir():
-            owner = folder.name.partition("-")[0]
-            alive = owner.isdecimal() and psutil.pid_exists(int(owner))
+            alive = folder.name.isdecimal() and psutil.pid_exists(int(folder.name))
             if not alive or folder.stat().st_mtime < oldest:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Give a new folder that is removed at the end."""
+    """Lend this process's own folder, which is empty again at the end; one borrower at a time."""
+    folder = parent / str(os.getpid())  # kept, since making a folder costs more than all else that a small part does
     with disk_errors(parent):
-        folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
+        folder.mkdir(exist_ok=True)
+        _empty(folder)  # a process that had this number before may have been killed
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _empty(folder)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()

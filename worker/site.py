@@ -43,7 +43,7 @@ from worker.trainers import Trainers
 logger = logging.getLogger(__name__)
 
 _SCRATCH, _RECEIPTS, _JOBS = "scratch", "receipts", "jobs"  # folders in the site's folder
-_MAX_STARTS = 3  # a part that ended its process so often is not tried again
+_MAX_REPEATS = 2  # a part whose process ended before it could answer is tried again so often
 _REASON_CHARACTERS = 2000  # what PartDeclined takes
 
 
@@ -82,8 +82,11 @@ class Site:
             trainers=trainers,
         )
 
-    def handle(self, envelope: object, task_id: str) -> None:
-        """Take one message, as it came from the queue, and answer it if its kind asks for an answer."""
+    def handle(self, envelope: object, task_id: str, *, redelivered: bool = False) -> None:
+        """Take one message, as it came from the queue, and answer it if its kind asks for an answer.
+
+        `redelivered` tells that the broker hands the message out again, because a process that had it has ended.
+        """
         try:
             message = self._open(envelope)
         except InvalidMessage as error:
@@ -91,7 +94,7 @@ class Site:
             return
         match message:
             case TrainingStart() | UpdateRoundStart() | ModelTestRound() | SwagRoundStart():
-                self._take(message)
+                self._take(message, redelivered)
             case TrainingFinished():
                 self._end(message, message.model, message.state)
             case ClientRemoved():
@@ -114,7 +117,7 @@ class Site:
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
-    def _take(self, part: Part) -> None:
+    def _take(self, part: Part, redelivered: bool) -> None:
         """Do the part and answer it, or give the answer that was given before."""
         extra = {"job": part.job_id, "round": part.round, "task": part.task_id, "attempt": part.attempt}
         if (given := self._receipts.find(part.task_id, part.attempt)) is not None:
@@ -123,7 +126,7 @@ class Site:
             return
         answer: UpdateReady | PartDeclined
         try:
-            answer = self._do(part)
+            answer = self._do(part, redelivered)
             logger.info("Did the part in %.3f s.", answer.seconds, extra={"action": "answer_part", **extra})
         except Declined as error:
             logger.info("Declined: %s", error.message, extra={"action": "decline_part", **extra})
@@ -141,7 +144,7 @@ class Site:
             logger.warning("Kept no receipt: %s", error.message, extra={"action": "keep_receipt", **extra})
         self._send(sealed)
 
-    def _do(self, part: Part) -> UpdateReady:
+    def _do(self, part: Part, redelivered: bool) -> UpdateReady:
         """Train, build or test; raise Declined or any other error that says why it could not be."""
         begun = time.monotonic()
         progress = Progress(
@@ -150,9 +153,10 @@ class Site:
             label=f"Round {part.round} of {part.job_name or part.job_id}",
         )
         progress.check()
-        if self._receipts.count_start(part.task_id, part.attempt) > _MAX_STARTS:
-            raise InvalidMessage(
-                f"The part has ended its process {_MAX_STARTS} times; the site's own log may tell why."
+        if redelivered and self._receipts.count_repeat(part.task_id, part.attempt) > _MAX_REPEATS:
+            raise FedChordError(
+                f"The site's process ended {_MAX_REPEATS + 1} times before the part was done, perhaps for want of "
+                "memory; the site's own log may tell why."
             )
         trainer = self._jobs.trainer(part)
         step = RoundContext(round=part.round, seed=derive_seed(part.seed, part.round, self._name), report=progress)
@@ -197,9 +201,7 @@ class Site:
         self, part: TrainingStart | UpdateRoundStart | SwagRoundStart, tensors: Tensors, folder: Path
     ) -> tuple[Shard, ...]:
         """Write the tensors as shards and send each to its own reference."""
-        own = folder / "update"
-        own.mkdir()
-        written = write_weights(own, check_tensors(tensors), part.shard_bytes)
+        written = write_weights(folder, check_tensors(tensors), part.shard_bytes)
         if len(written) > len(part.upload_urls):
             raise Declined(
                 f"The update has {len(written)} shards but may have {len(part.upload_urls)}; send a model as large as "

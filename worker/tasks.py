@@ -35,7 +35,9 @@ def _register(task_name: str) -> None:
     @app.task(name=task_name, bind=True)
     def take(task: Task[Any, Any], /, *args: object, **_: object) -> None:
         try:
-            _site().handle(args[0] if args else None, str(task.request.id))
+            request = task.request
+            redelivered = bool((request.delivery_info or {}).get("redelivered"))
+            _site().handle(args[0] if args else None, str(request.id), redelivered=redelivered)
         except (OperationalError, BrokerUnavailable) as error:
             # The answer is kept as a receipt; the message comes again, and with it the chance to send the answer.
             raise Reject(str(error), requeue=True) from error

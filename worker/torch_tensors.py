@@ -1,6 +1,6 @@
 """Carry a torch module's state to numpy and back, to the bit: buffers, integers, bool, bfloat16, float8, 0-d, tied."""
 
-from typing import Any, cast
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -65,7 +65,7 @@ def to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
         integer, dtype = _VIEWED[tensor.dtype]
         tensor = tensor.contiguous().view(integer)
         return tensor.numpy().view(dtype)
-    return cast("npt.NDArray[Any]", tensor.numpy())
+    return tensor.numpy()
 
 
 def to_torch(array: npt.NDArray[Any]) -> torch.Tensor:

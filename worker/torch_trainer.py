@@ -2,10 +2,10 @@
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy.typing as npt
 import torch
@@ -15,16 +15,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from common.errors import Declined
 from worker.seeds import seeded
+from worker.torch_optimizers import Optimizer, OptimizerName, make_optimizer
 from worker.torch_tensors import load_tensors, tensors_of, to_numpy
 from worker.trainer import Evaluation, Fit, JobContext, RoundContext, Tensors, Trainer, read_config
 
 _TEST_BATCH = 256  # examples, at least: nothing is kept for a backward pass, so it may be larger than in training
-
-_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
 
 
 class TorchConfig(BaseModel):
@@ -37,7 +32,7 @@ class TorchConfig(BaseModel):
     learning_rate: float = Field(0.05, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)  # of sgd
     weight_decay: float = Field(0.0, ge=0)
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"  # begins anew in every round
+    optimizer: OptimizerName = "sgd"  # begins anew in every round
     proximal_mu: float = Field(0.0, ge=0)  # FedProx: the pull towards the global model, arXiv 1812.06127
     device: str = "auto"  # "auto" takes a graphics card if there is one; or "cpu", "cuda:1", …
 
@@ -81,6 +76,17 @@ class TorchTrainer(Trainer):
         """Return the batch's outputs and targets: the last of a batch is its targets, the others are inputs."""
         *inputs, targets = batch
         return model(*inputs), targets
+
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        """Return a new optimizer, by the config; any of `torch.optim` will do."""
+        config = self.config
+        return make_optimizer(
+            config.optimizer,
+            parameters,
+            learning_rate=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
 
     # --- what the site calls -------------------------------------------------------------------------------------
 
@@ -154,7 +160,7 @@ class TorchTrainer(Trainer):
         config = self.config
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         anchors = [parameter.detach().clone() for parameter in parameters] if config.proximal_mu else []
-        optimizer = self._optimizer(parameters)
+        optimizer = self.optimizer(parameters)
         order = torch.Generator().manual_seed(step.seed)
         model.train()
         with self._seeded(step.seed):
@@ -165,7 +171,7 @@ class TorchTrainer(Trainer):
                 for position, batch in enumerate(self._batches(self._train_data, batches)):
                     outputs, targets = self.forward(model, batch)
                     loss = self.loss(outputs, targets)
-                    optimizer.zero_grad()
+                    model.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]  # torch's own lack of annotations
                     _pull(parameters, anchors, config.proximal_mu)
                     optimizer.step()
@@ -174,13 +180,6 @@ class TorchTrainer(Trainer):
                     step.report((epoch + (position + 1) / len(batches)) / config.local_epochs, text)
                 after_epoch()
         return loss_sum.item() / seen
-
-    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        config = self.config
-        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        if config.optimizer == "sgd":
-            options["momentum"] = config.momentum
-        return _OPTIMIZERS[config.optimizer](parameters, **options)
 
     def _new_model(self) -> nn.Module:
         with self._seeded(self.context.seed):

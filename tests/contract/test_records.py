@@ -146,6 +146,15 @@ class TestTransactions:
                 assert reader.scalars(select(jobs.c.job_id)).all() == []
             assert reader.scalars(select(jobs.c.job_id)).all() == ["job"]
 
+    def test_reading_holds_no_transaction_so_that_a_change_is_kept_at_once(self, engine: Engine) -> None:
+        with reading(engine) as connection, reading(engine) as other:  # of the pool that writers use too
+            connection.execute(insert(jobs), job())
+            assert other.scalars(select(jobs.c.job_id)).all() == ["job"]
+        with pytest.raises(exc.IntegrityError), writing(engine) as connection:
+            connection.execute(insert(jobs), [job("undone"), job()])
+        with reading(engine) as connection:
+            assert connection.scalars(select(jobs.c.job_id)).all() == ["job"]
+
     def test_a_savepoint_can_be_undone_alone(self, engine: Engine) -> None:
         with writing(engine) as connection:
             connection.execute(insert(jobs), job("kept"))

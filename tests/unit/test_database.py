@@ -3,6 +3,7 @@
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_a_place_that_cannot_hold_the_file_is_told(path: Path) -> None:
     file.touch()
     with pytest.raises(DatabaseUnavailable, match="cannot be made"):
         open_database(f"sqlite:///{file}/records.db")
+
+
+def test_opening_waits_for_a_process_that_is_writing_to_a_file_without_a_log(path: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(DatabaseUnavailable, match="locked it for too long"):
+            open_database(f"sqlite:///{path}", busy_timeout_seconds=0.05)
+        release = threading.Timer(0.1, other.execute, ["ROLLBACK"])
+        release.start()
+        open_database(f"sqlite:///{path}").dispose()
+        release.join()
 
 
 def test_a_writer_that_waits_too_long_gives_up_and_a_reader_need_not_wait(engine: Engine, path: Path) -> None:

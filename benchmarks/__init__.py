@@ -1,0 +1,1 @@
+"""Measure speed and memory, each beside the floor that is measured in the same run."""

@@ -1,0 +1,5 @@
+"""The command line `fedchord`."""
+
+from coordinator.cli.entry import main
+
+__all__ = ["main"]

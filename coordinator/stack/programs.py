@@ -1,0 +1,138 @@
+"""The stack's processes, and the supervisord configuration that runs them."""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.settings import CONFIG_VARIABLE, ENV_PREFIX
+from coordinator.stack.folder import Stack, StackFolder, check_path, write_private
+from coordinator.stack.kit import SETTINGS_FILE
+from coordinator.stack.ports import LOOPBACK
+from coordinator.stack.valkey import valkey_command
+
+BROKER = "valkey"
+COORDINATOR = "coordinator"
+FLOWER = "flower"
+SITES = "sites"  # the group of all sites
+
+MARK = "STACK_OF_FEDCHORD"  # the variable whose value, the stack's id, every process of the stack has
+
+_CELERY = (sys.executable, "-m", "celery")
+_STOP_SECONDS = 10  # a part that takes longer is done again after the next `up`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """One process that supervisord keeps running."""
+
+    name: str
+    command: tuple[str, ...]
+    folder: Path  # it runs in
+    environment: Mapping[str, str] = field(default_factory=dict)
+    priority: int  # started from the lowest, stopped from the highest
+
+
+def stack_programs(folder: StackFolder, stack: Stack) -> tuple[list[Program], list[Program]]:
+    """Return the programs that serve, and those of the sites."""
+    coordinator = {CONFIG_VARIABLE: str(folder.settings_file)}
+    serving = [
+        Program(name=BROKER, command=tuple(valkey_command(folder)), folder=folder.path, priority=10),
+        Program(
+            name=COORDINATOR,
+            command=(*_CELERY, "-A", "coordinator", "worker", "-n", "coordinator@%%h"),
+            folder=folder.path,
+            environment=coordinator,
+            priority=20,
+        ),
+    ]
+    if stack.flower_port is not None:
+        serving.append(
+            Program(
+                name=FLOWER,
+                command=(
+                    *_CELERY, "-A", "coordinator", "flower", f"--address={LOOPBACK}", f"--port={stack.flower_port}"
+                ),
+                folder=folder.path,
+                # not on the command line, which everybody on the machine can read
+                environment={**coordinator, "FLOWER_BASIC_AUTH": f"fedchord:{stack.flower_password}"},
+                priority=30,
+            )
+        )  # fmt: skip
+    return serving, [_site(folder, stack, name) for name in stack.sites]
+
+
+def _site(folder: StackFolder, stack: Stack, name: str) -> Program:
+    return Program(
+        name=name,
+        command=(*_CELERY, "-A", "worker", "worker", "-n", f"{name}@%%h"),  # %% is supervisord's way to say %
+        folder=stack.working_folder,
+        environment={
+            CONFIG_VARIABLE: str(folder.site(name) / SETTINGS_FILE),
+            "OMP_NUM_THREADS": "1",  # the sites share this machine's processors
+        },
+        priority=40,
+    )
+
+
+def write_supervisor_file(folder: StackFolder, stack: Stack) -> None:
+    """Write supervisord's configuration; it holds Flower's password."""
+    serving, sites = stack_programs(folder, stack)
+    check_path(stack.working_folder)
+    sections = [
+        _section(
+            "unix_http_server",
+            file=stack.supervisor_socket,
+            chmod="0700",
+        ),
+        _section(
+            "supervisord",
+            logfile=folder.log("supervisord"),
+            pidfile=folder.supervisor_pid_file,
+            childlogdir=folder.logs,
+            directory=folder.path,
+            identifier="fedchord",
+        ),
+        "[rpcinterface:supervisor]\nsupervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface",
+        *(_program(folder, program) for program in (*serving, *sites)),
+    ]
+    if sites:  # one group, so that supervisord stops them all at once
+        sections.append(
+            _section(f"group:{SITES}", programs=",".join(site.name for site in sites), priority=sites[0].priority)
+        )
+    write_private(folder.supervisor_file, "\n\n".join(sections) + "\n")
+
+
+def supervisor_environment(stack: Stack) -> dict[str, str]:
+    """Return the environment of all the stack's processes: ours, without settings that would win over their files."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    return {
+        **inherited,
+        MARK: stack.stack_id,
+        "SPT_NOENV": "1",  # setproctitle, where Celery finds it, must not write over the mark
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _program(folder: StackFolder, program: Program) -> str:
+    return _section(
+        f"program:{program.name}",
+        command=shlex.join(program.command),
+        directory=program.folder,
+        environment=",".join(f'{name}="{value}"' for name, value in program.environment.items()),
+        priority=program.priority,
+        autorestart="true",
+        startretries=2,
+        stopwaitsecs=_STOP_SECONDS,
+        killasgroup="true",  # a worker's children train; none outlives it
+        redirect_stderr="true",
+        stdout_logfile=folder.log(program.name),
+        stdout_logfile_maxbytes="10MB",
+        stdout_logfile_backups=2,
+    )
+
+
+def _section(title: str, **values: object) -> str:
+    return "\n".join([f"[{title}]", *(f"{name} = {value}" for name, value in values.items())])
