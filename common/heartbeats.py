@@ -43,6 +43,7 @@ class Heartbeat(_Data):
     slots: int  # parts that the site works on at once
     free_slots: int
     working_on: tuple[str, ...] = ()  # the parts at work, as their sender describes them
+    tasks: tuple[str, ...] = ()  # ids of the tasks in hand: at work, or taken from the queue to be next
     trainers: tuple[str, ...] = ()  # the names on the site's list
 
 

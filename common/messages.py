@@ -21,7 +21,8 @@ VERSION = 1
 COORDINATOR = "coordinator"  # the sender or recipient that is not a site
 MAX_MESSAGE_BYTES = 4 * 2**20  # a message of references is a few kB; more is refused unread
 
-Digest = Field(pattern=r"^[0-9a-f]{64}$")
+_DIGEST = Field(pattern=r"^[0-9a-f]{64}$")
+_IDENTIFIER = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,159}$")  # safe as a key and as a file's name
 
 
 class _Data(BaseModel):
@@ -31,7 +32,7 @@ class _Data(BaseModel):
 class Shard(_Data):
     """One file of a model or an update."""
 
-    digest: str = Digest  # sha256
+    digest: str = _DIGEST  # sha256
     size: int = Field(ge=0)  # bytes
 
 
@@ -45,7 +46,7 @@ class ModelReference(_Data):
     """A model in the object store."""
 
     model_id: str
-    digest: str = Digest  # of the model's index
+    digest: str = _DIGEST  # of the model's index
     shards: tuple[SourceShard, ...]
 
 
@@ -54,7 +55,7 @@ class Message(_Data):
 
     kind: ClassVar[Kind | AnswerKind]
 
-    job_id: str = Field(max_length=64)
+    job_id: str = _IDENTIFIER
     job_name: str = Field("", max_length=200)
 
 
@@ -62,7 +63,7 @@ class _Part(Message):
     """A message that asks a site for an answer before the deadline."""
 
     round: int = Field(ge=0)  # 0 before the first training round
-    task_id: str = Field(max_length=64)  # names the part: one site's share of one round
+    task_id: str = _IDENTIFIER  # names the part: one site's share of one round
     attempt: int = Field(1, ge=1)  # a higher one replaces a lower one
     deadline_at: FiniteFloat  # unix time, seconds
     trainer: str  # a name on the site's own list
@@ -136,7 +137,7 @@ class UpdateReady(Message):
     kind = AnswerKind.UPDATE_READY
 
     round: int = Field(ge=0)
-    task_id: str = Field(max_length=64)
+    task_id: str = _IDENTIFIER
     attempt: int = Field(1, ge=1)
     num_examples: int
     metrics: dict[str, FiniteFloat | None] = {}  # None: measured, but not a finite number
@@ -149,8 +150,8 @@ class PartDeclined(Message):
 
     kind = AnswerKind.PART_DECLINED
 
-    job_id: str = Field("", max_length=64)  # empty when the task could not be read
-    task_id: str = Field(max_length=64)
+    job_id: str = ""  # empty when the task could not be read
+    task_id: str = _IDENTIFIER
     attempt: int = Field(1, ge=1)
     failed: bool = False  # tried and failed, not refused
     reason: str = Field(max_length=2000)

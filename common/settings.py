@@ -78,6 +78,11 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(
         4.0, gt=0, description="How long an aggregation may go without a sign of life, in seconds."
     )
+    ask_again_seconds: float = Field(
+        5.0,
+        gt=0,
+        description="After how long a site that is alive, idle and owes an answer is asked again, in seconds.",
+    )
     coordinator_threads: int = Field(4, ge=1, description="How many messages a coordinator worker handles at once.")
 
     # The site

@@ -6,10 +6,10 @@ Everything that is sent is rebuilt from the records, so sending can be repeated 
 import logging
 from typing import Any
 
-from celery import chord
+from celery import group
 from celery.app.task import Context
 from celery.canvas import Signature
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError
 from sqlalchemy import Connection
 
 from common.errors import BrokerUnavailable, NotFound
@@ -54,31 +54,34 @@ def publish_round(services: Services, round_id: str) -> None:
 
     Raise BrokerUnavailable when it cannot be sent; the sweeper does it again.
     """
-    with reading(services.engine) as connection:
-        round_ = get_round(connection, round_id)
-        job = get_job(connection, round_.job_id)
-        parts = find_parts(connection, round_id)
-        model = _model(connection, round_.input_model_id)
+    round_, signatures = _signatures(services, round_id)
     if round_.state is not RoundState.OPEN:
         return
-    seconds = _reference_seconds(services, round_)
-    reference = _reference(services, model, seconds) if model is not None else None
-    builder = parts[round_.number % len(parts)] if job.model_id is None else None  # another one at each new start
-    header = [_part_signature(services, job, round_, part, reference, seconds, builds=part is builder) for part in parts]
-    signature = chord(header, _callback(services, round_id), app=services.app, task_id=round_id)  # the group's id
-    try:
-        signature.apply_async(task_id=round_.body_task_id)
-    except OperationalError as error:
+    header = group(list(signatures.values()), app=services.app)
+    try:  # a group with the option `chord` is what `chord()` sends; only so it takes a producer, and one write for all
+        with services.app.producer_or_acquire(None) as producer, producer.batch():
+            header.apply_async(task_id=round_id, chord=_callback(services, round_id), producer=producer)
+    except KombuError as error:
         raise BrokerUnavailable(f"Round {round_id} cannot be sent: {error}; start the broker.") from error
     with writing(services.engine) as connection:
         mark_published(connection, round_id)
     logger.info(
         "Sent %s of job %s to %s sites.",
         round_.title,
-        job.name,
-        len(parts),
-        extra={"action": "publish_round", "job": job.job_id, "round": round_id},
+        round_.job_id,
+        len(signatures),
+        extra={"action": "publish_round", "job": round_.job_id, "round": round_id},
     )
+
+
+def publish_again(services: Services, part: Part) -> None:
+    """Send one part's message again, to a site whose answer, or whose question, seems to be lost.
+
+    A site that has answered keeps a receipt and sends the same answer, so nothing is done twice.
+    """
+    round_, signatures = _signatures(services, part.round_id, only=part.site)
+    if round_.state is RoundState.OPEN:
+        signatures[part.site].apply_async()
 
 
 def complete_part(services: Services, round_id: str, part: Part) -> None:
@@ -108,7 +111,7 @@ def send_notices(services: Services, *, grace_seconds: float = 0) -> None:
     for notice in notices:
         with reading(services.engine) as connection:
             job = get_job(connection, notice.job_id)
-            model = _model(connection, job.model_id)
+            model = get_model(connection, job.model_id) if job.model_id is not None else None
         message: Message
         if notice.kind is Kind.CLIENT_REMOVED:
             message = ClientRemoved(job_id=job.job_id, job_name=job.name, reason=notice.reason)
@@ -126,6 +129,25 @@ def send_notices(services: Services, *, grace_seconds: float = 0) -> None:
         ).apply_async()
         with writing(services.engine) as connection:
             mark_sent(connection, notice)
+
+
+def _signatures(
+    services: Services, round_id: str, *, only: str | None = None
+) -> tuple[Round, dict[str, Signature[Any]]]:
+    """Return the round, and its messages by site."""
+    with reading(services.engine) as connection:
+        round_ = get_round(connection, round_id)
+        job = get_job(connection, round_.job_id)
+        parts = find_parts(connection, round_id)
+        model = get_model(connection, round_.input_model_id) if round_.input_model_id is not None else None
+    seconds = _reference_seconds(services, round_)
+    reference = _reference(services, model, seconds) if model is not None else None
+    builder = parts[round_.number % len(parts)] if job.model_id is None else None  # another one at each new start
+    return round_, {
+        part.site: _part_signature(services, job, round_, part, reference, seconds, builds=part is builder)
+        for part in parts
+        if only is None or part.site == only
+    }
 
 
 def _part_signature(
@@ -203,10 +225,6 @@ def _reference(services: Services, model: ModelInfo, seconds: int) -> ModelRefer
             for shard in model.shards
         ),
     )
-
-
-def _model(connection: Connection, model_id: str | None) -> ModelInfo | None:
-    return get_model(connection, model_id) if model_id is not None else None
 
 
 def _reference_seconds(services: Services, round_: Round) -> int:

@@ -22,7 +22,6 @@ from coordinator.rounds import (
     RoundState,
     answer_part,
     get_part,
-    get_round,
 )
 from coordinator.services import Services
 from store.blobs import Blob
@@ -50,8 +49,7 @@ def receive_answer(services: Services, data: object) -> None:
         if not isinstance(message, UpdateReady | PartDeclined):
             raise InvalidMessage(f"{message.kind} is not an answer.")
         with reading(services.engine) as connection:
-            part = get_part(connection, message.task_id)
-            round_ = get_round(connection, part.round_id)
+            round_, part = get_part(connection, message.task_id)
             job = get_job(connection, part.job_id)
         if part.site != envelope.sender:
             raise InvalidMessage(f"Site {envelope.sender} answers for {part.site}.")

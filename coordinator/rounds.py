@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, and_, exists, or_, select, update
+from sqlalchemy import Connection, RowMapping, and_, bindparam, exists, or_, select, update
 
 from common.errors import NotFound
 from common.queues import Kind
@@ -117,6 +117,32 @@ class Part:
         return f"{self.task_id}/{self.attempt}/{shard}"
 
 
+# Built once: to build a statement takes longer than to run it.
+_PART = (
+    select(rounds, parts)
+    .join(parts, parts.c.round_id == rounds.c.round_id)
+    .where(parts.c.task_id == bindparam("task_id"))
+)
+_PARTS = select(parts).where(parts.c.round_id == bindparam("round_id")).order_by(parts.c.position)
+_ROUND = select(rounds).where(rounds.c.round_id == bindparam("round_id"))
+_IS_OPEN = exists().where(rounds.c.round_id == parts.c.round_id, rounds.c.state == RoundState.OPEN.value)
+_ANSWER = (
+    update(parts)
+    .where(
+        parts.c.task_id == bindparam("of_task"),
+        parts.c.attempt == bindparam("of_attempt"),
+        parts.c.state == PartState.WAITING.value,
+        _IS_OPEN,
+    )
+    .values(
+        {
+            name: bindparam(name)
+            for name in ("state", "reason", "num_examples", "metrics", "shards", "model_id", "answered_at")
+        }
+    )
+)
+
+
 def add_round(connection: Connection, round_: Round, sites: tuple[str, ...]) -> bool:
     """Record the round and its parts, in the order of the sites' names; return False if it is recorded already."""
     known = select(rounds.c.round_id).where(rounds.c.round_id == round_.round_id)
@@ -155,7 +181,7 @@ def add_round(connection: Connection, round_: Round, sites: tuple[str, ...]) -> 
 
 def get_round(connection: Connection, round_id: str) -> Round:
     """Return the round; raise NotFound."""
-    row = connection.execute(select(rounds).where(rounds.c.round_id == round_id)).mappings().first()
+    row = connection.execute(_ROUND, {"round_id": round_id}).mappings().first()
     if row is None:
         raise NotFound(f"There is no round {round_id!r}.")
     return _round(row)
@@ -167,32 +193,24 @@ def find_rounds(connection: Connection, job_id: str) -> list[Round]:
     return [_round(row) for row in connection.execute(query).mappings()]
 
 
-def get_part(connection: Connection, task_id: str) -> Part:
-    """Return the part; raise NotFound."""
-    row = connection.execute(select(parts).where(parts.c.task_id == task_id)).mappings().first()
+def get_part(connection: Connection, task_id: str) -> tuple[Round, Part]:
+    """Return the part with its round; raise NotFound."""
+    row = connection.execute(_PART, {"task_id": task_id}).mappings().first()
     if row is None:
         raise NotFound(f"There is no part {task_id!r}.")
-    return _part(row)
+    return _round(row), _part(row)
 
 
 def find_parts(connection: Connection, round_id: str) -> list[Part]:
     """Return the round's parts in the order of aggregation."""
-    query = select(parts).where(parts.c.round_id == round_id).order_by(parts.c.position)
-    return [_part(row) for row in connection.execute(query).mappings()]
+    return [_part(row) for row in connection.execute(_PARTS, {"round_id": round_id}).mappings()]
 
 
 def answer_part(connection: Connection, part: Part, state: PartState, **values: Any) -> bool:
     """Record the answer if none is and the round is still open; return whether this one counts."""
-    result = connection.execute(
-        update(parts)
-        .where(
-            parts.c.task_id == part.task_id,
-            parts.c.attempt == part.attempt,
-            parts.c.state == PartState.WAITING.value,
-            exists().where(rounds.c.round_id == parts.c.round_id, rounds.c.state == RoundState.OPEN.value),
-        )
-        .values(state=state.value, answered_at=utc_now(), **values)
-    )
+    known = {"of_task": part.task_id, "of_attempt": part.attempt}
+    row = {"reason": "", "num_examples": None, "metrics": {}, "shards": [], "model_id": None, **values}
+    result = connection.execute(_ANSWER, {**known, **row, "state": state.value, "answered_at": utc_now()})
     return result.rowcount == 1
 
 
@@ -278,6 +296,20 @@ def abort_rounds(connection: Connection, job_id: str, reason: str) -> None:
     )
 
 
+def find_waiting(connection: Connection, *, age_seconds: float) -> list[Part]:
+    """Return the parts without an answer of the open rounds that were sent so long ago."""
+    query = (
+        select(parts)
+        .join(rounds, rounds.c.round_id == parts.c.round_id)
+        .where(
+            rounds.c.state == RoundState.OPEN.value,
+            rounds.c.published_at < utc_now() - timedelta(seconds=age_seconds),
+            parts.c.state == PartState.WAITING.value,
+        )
+    )
+    return [_part(row) for row in connection.execute(query).mappings()]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Overdue:
     """What the sweeper has to take up again."""
@@ -312,33 +344,33 @@ def find_overdue(connection: Connection, *, grace_seconds: float) -> Overdue:
 
 def _round(row: RowMapping) -> Round:
     return Round(
-        job_id=row["job_id"],
-        kind=RoundKind(row["kind"]),
-        number=row["number"],
-        state=RoundState(row["state"]),
-        input_model_id=row["input_model_id"],
-        output_model_id=row["output_model_id"],
-        deadline_at=row["deadline_at"],
-        published_at=row["published_at"],
-        metrics=row["metrics"],
-        reason=row["reason"],
-        seconds=row["seconds"],
-        created_at=row["created_at"],
-        closed_at=row["closed_at"],
+        job_id=row[rounds.c.job_id],
+        kind=RoundKind(row[rounds.c.kind]),
+        number=row[rounds.c.number],
+        state=RoundState(row[rounds.c.state]),
+        input_model_id=row[rounds.c.input_model_id],
+        output_model_id=row[rounds.c.output_model_id],
+        deadline_at=row[rounds.c.deadline_at],
+        published_at=row[rounds.c.published_at],
+        metrics=row[rounds.c.metrics],
+        reason=row[rounds.c.reason],
+        seconds=row[rounds.c.seconds],
+        created_at=row[rounds.c.created_at],
+        closed_at=row[rounds.c.closed_at],
     )
 
 
 def _part(row: RowMapping) -> Part:
     return Part(
-        job_id=row["job_id"],
-        round_id=row["round_id"],
-        site=row["site"],
-        position=row["position"],
-        attempt=row["attempt"],
-        state=PartState(row["state"]),
-        reason=row["reason"],
-        num_examples=row["num_examples"],
-        metrics=row["metrics"],
-        model_id=row["model_id"],
-        answered_at=row["answered_at"],
+        job_id=row[parts.c.job_id],
+        round_id=row[parts.c.round_id],
+        site=row[parts.c.site],
+        position=row[parts.c.position],
+        attempt=row[parts.c.attempt],
+        state=PartState(row[parts.c.state]),
+        reason=row[parts.c.reason],
+        num_examples=row[parts.c.num_examples],
+        metrics=row[parts.c.metrics],
+        model_id=row[parts.c.model_id],
+        answered_at=row[parts.c.answered_at],
     )

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from common.heartbeats import read_heartbeats
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
 from common.errors import BrokerUnavailable, Conflict, InvalidJobFile, InvalidTensors
@@ -44,9 +44,13 @@ def submit(services: Services, spec: JobSpec) -> Job:
         add_job(connection, job)
     try:
         services.app.send_task(
-            CoordinatorTask.ADVANCE.value, args=[job.job_id], queue=COORDINATOR_QUEUE, argsrepr=job.name, ignore_result=True
+            CoordinatorTask.ADVANCE.value,
+            args=[job.job_id],
+            queue=COORDINATOR_QUEUE,
+            argsrepr=job.name,
+            ignore_result=True,
         )
-    except OperationalError as error:  # it was there a moment ago; the sweeper starts the job when it is back
+    except KombuError as error:  # it was there a moment ago; the sweeper starts the job when it is back
         logger.warning("The job waits for the broker: %s", error, extra={"action": "submit_waits", "job": job.job_id})
     return job
 
@@ -64,7 +68,7 @@ def abort(services: Services, job_id: str, reason: str) -> Job:
         for site in members:
             services.broker.set(cancel_key(site, job.job_id), reason, ex=_CANCEL_SECONDS)
         send_notices(services)
-    except (RedisError, OperationalError) as error:
+    except (RedisError, KombuError) as error:
         raise BrokerUnavailable(
             f"The job is aborted, but its sites could not be told ({error}); they stop at their round's deadline."
         ) from error
@@ -81,9 +85,7 @@ def _check_sites(services: Services, spec: JobSpec) -> tuple[str, ...]:
             raise InvalidJobFile("sites: no site is enrolled and enabled; enroll one with `fedchord sites add`.")
         return tuple(chosen)
     if unknown := sorted(set(spec.sites) - known.keys()):
-        raise InvalidJobFile(
-            f"sites: no site {unknown[0]!r}; enrolled are {', '.join(sorted(known)) or 'none'}."
-        )
+        raise InvalidJobFile(f"sites: no site {unknown[0]!r}; enrolled are {', '.join(sorted(known)) or 'none'}.")
     if disabled := [name for name in spec.sites if not known[name].enabled]:
         raise InvalidJobFile(
             f"sites: site {disabled[0]!r} is disabled ({known[disabled[0]].reason}); "

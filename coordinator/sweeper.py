@@ -10,10 +10,12 @@ from typing import Any
 from celery import bootsteps
 
 from common.errors import FedChordError
+from common.heartbeats import read_heartbeats
+from common.queues import site_queue
 from coordinator.closing import start_job
-from coordinator.dispatch import call_back, complete_part, publish_round, send_notices
+from coordinator.dispatch import call_back, complete_part, publish_again, publish_round, send_notices
 from coordinator.jobs import JobState, find_jobs
-from coordinator.rounds import drop_waiting, find_overdue, find_parts
+from coordinator.rounds import drop_waiting, find_overdue, find_parts, find_waiting
 from coordinator.services import Services, services_of
 from store.database import reading, writing
 
@@ -23,8 +25,11 @@ _CLEAN_SECONDS = 600.0  # between two looks for abandoned files
 _ABANDONED_SECONDS = 24 * 3600  # after which a temporary file or an unused slot belongs to nobody
 
 
-def sweep(services: Services, *, grace_seconds: float) -> int:
-    """Take up everything that is overdue by grace_seconds; return how many things that were."""
+def sweep(services: Services, *, grace_seconds: float, asked: "Asked | None" = None) -> int:
+    """Take up everything that is overdue by grace_seconds; return how many things that were.
+
+    `asked` remembers, from one sweep of this process to the next, whom it has asked again.
+    """
     with reading(services.engine) as connection:
         overdue = find_overdue(connection, grace_seconds=grace_seconds)
         submitted = find_jobs(connection, states=(JobState.SUBMITTED,))
@@ -38,6 +43,8 @@ def sweep(services: Services, *, grace_seconds: float) -> int:
     for round_id in overdue.unclaimed:
         logger.warning("Round %s has every answer; taking it up.", round_id, extra={"action": "take_up_round"})
         call_back(services, round_id)
+    if asked is not None:
+        asked.ask_again(services)
     send_notices(services, grace_seconds=grace_seconds)
     return len(submitted) + len(overdue.unpublished) + len(overdue.expired) + len(overdue.unclaimed)
 
@@ -56,6 +63,37 @@ def _expire(services: Services, round_id: str) -> None:
     )
     for part in parts:
         complete_part(services, round_id, part)
+
+
+class Asked:
+    """Ask again the sites that owe an answer although they are alive and have nothing in hand.
+
+    Redis hands a message to one process and forgets it; if that process dies in the same moment, the message is lost.
+    """
+
+    def __init__(self) -> None:
+        self._asked_at: dict[str, float] = {}  # task id: monotonic seconds
+
+    def ask_again(self, services: Services) -> None:
+        """Send the message again of each part that seems to be lost, and not sooner than it may have arrived."""
+        patience = services.settings.ask_again_seconds
+        with reading(services.engine) as connection:
+            waiting = find_waiting(connection, age_seconds=patience)
+        now = time.monotonic()
+        self._asked_at = {part.task_id: self._asked_at.get(part.task_id, 0.0) for part in waiting}
+        due = [part for part in waiting if self._asked_at[part.task_id] < now - patience]
+        heartbeats = read_heartbeats(services.broker, sorted({part.site for part in due}))
+        for part in due:
+            heartbeat = heartbeats.get(part.site)
+            if heartbeat is None or heartbeat.tasks or services.broker.llen(site_queue(part.site)):
+                continue  # away, at work, or yet to take the message from its queue
+            logger.warning(
+                "Site %s is idle and owes an answer; asking again.",
+                part.site,
+                extra={"action": "ask_again", "job": part.job_id, "round": part.round_id, "site": part.site},
+            )
+            publish_again(services, part)
+            self._asked_at[part.task_id] = now
 
 
 class Sweeper(bootsteps.StartStopStep):
@@ -80,11 +118,12 @@ class Sweeper(bootsteps.StartStopStep):
 
     def _run(self, services: Services) -> None:
         period = services.settings.sweep_seconds
+        asked = Asked()
         trouble = ""
         next_clean = time.monotonic()
         while not self._stopped.wait(period):
             try:
-                sweep(services, grace_seconds=2 * period)
+                sweep(services, grace_seconds=2 * period, asked=asked)
                 if time.monotonic() >= next_clean:
                     services.blobs.clean(older_than_seconds=_ABANDONED_SECONDS)
                     next_clean = time.monotonic() + _CLEAN_SECONDS

@@ -81,6 +81,8 @@ def parse_index(data: bytes) -> Weights:
         position_of = {shard["file"]: position for position, shard in enumerate(index["shards"])}
         shard_of = {name: position_of[file] for name, file in index["weight_map"].items()}
         schema = {name: _parse_spec(entry) for name, entry in index["tensors"].items()}
+        if shard_of.keys() != schema.keys():
+            raise ValueError("it does not say of every tensor what and where it is")
         if build_index(schema, shard_of, shards) != data:
             raise ValueError("it is not in the canonical form")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

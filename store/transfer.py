@@ -181,7 +181,8 @@ class _Download:
             if response.status == HTTPStatus.OK:
                 self._restart()
             elif response.status != HTTPStatus.PARTIAL_CONTENT:
-                self._restart()
+                if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    self._restart()
                 raise _refusal(self._url, response)
             elif not response.headers.get("Content-Range", "").startswith(f"bytes {self.progress}-"):
                 self._restart()

@@ -1,15 +1,18 @@
 """A federation for tests: real Valkey, real records and blobs, real coordinator processes, and sites that follow a script."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -24,11 +27,13 @@ from common.messages import (
     ClientRemoved,
     Envelope,
     Message,
+    ModelTestRound,
     PartDeclined,
     Shard,
     TrainingFinished,
     TrainingStart,
     UpdateReady,
+    UpdateRoundStart,
 )
 from common.queues import ANSWER_TASKS, COORDINATOR_QUEUE, AnswerKind, site_queue
 from common.settings import Settings
@@ -153,6 +158,39 @@ class ScriptedSite:
         self.answer(message, tensors if message.build_model else None, num_examples=num_examples)
         return message
 
+    @contextmanager
+    def serving(self, train: Callable[[int, Tensors], tuple[Tensors, int]], *, seed: int = 0) -> Iterator[None]:
+        """Answer every message in a thread, after a short random pause: `train` gives tensors and number of examples."""
+        done = threading.Event()
+        receipts: dict[str, UpdateReady] = {}
+        pause = random.Random(f"{seed} {self.name}")
+
+        def serve() -> None:
+            while not done.is_set():
+                try:
+                    message = self._receive(0.2)
+                except Empty:
+                    continue
+                time.sleep(pause.uniform(0, 0.02))  # so that the answers come in any order
+                if (receipt := receipts.get(getattr(message, "task_id", ""))) is not None:
+                    self.send(receipt)
+                elif isinstance(message, TrainingStart):
+                    tensors = train(0, {})[0] if message.build_model else None
+                    receipts[message.task_id] = self.answer(message, tensors)
+                elif isinstance(message, UpdateRoundStart):
+                    tensors, examples = train(message.round, self.tensors(message))
+                    receipts[message.task_id] = self.answer(message, tensors, num_examples=examples)
+                elif isinstance(message, ModelTestRound):
+                    receipts[message.task_id] = self.answer(message, metrics={"round": message.round})
+
+        thread = threading.Thread(target=serve, name=self.name)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
 
 def heartbeat(trainers: tuple[str, ...]) -> Heartbeat:
     """Return a heartbeat of a machine that has everything."""
@@ -253,6 +291,7 @@ def federation(folder: Path, *names: str, broker_url: str | None = None, **setti
             "signing_key_file": str(folder / "signing.key"),
             "sweep_seconds": 0.2,
             "lease_seconds": 1.0,
+            "ask_again_seconds": 1.0,
             **settings,
         }
         config.write_text("".join(f"{name} = {_toml(value)}\n" for name, value in values.items()))
@@ -264,9 +303,7 @@ def federation(folder: Path, *names: str, broker_url: str | None = None, **setti
             key = SigningKey.generate()
             with writing(services.engine) as connection:
                 enroll_site(connection, name, key.public_key)
-            sites[name] = ScriptedSite(
-                name=name, services=services, key=key, app=make_coordinator_app(loaded)
-            )
+            sites[name] = ScriptedSite(name=name, services=services, key=key, app=make_coordinator_app(loaded))
             sites[name].beat()
         try:
             yield Federation(folder=folder, services=services, sites=sites, config=config)

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -77,6 +77,7 @@ class Pulse:
             slots=self._slots,
             free_slots=max(0, self._slots - len(working_on)),
             working_on=tuple(working_on),
+            tasks=tuple(sorted(request.id for request in _snapshot(state.reserved_requests))),
             trainers=tuple(sorted(self._settings.site_trainers)),
         )
 
@@ -116,7 +117,16 @@ def heartbeat_step(settings: Settings) -> type[bootsteps.StartStopStep]:
 
 def describe_active() -> list[str]:
     """Return how the senders describe the tasks that the worker's children are at."""
-    return sorted(str(request.argsrepr or request.name) for request in tuple(state.active_requests))
+    return sorted(str(request.argsrepr or request.name) for request in _snapshot(state.active_requests))
+
+
+def _snapshot(requests: Collection[Any]) -> tuple[Any, ...]:
+    """Return what is in a set that the worker's main thread changes at the same time."""
+    while True:
+        try:
+            return tuple(requests)
+        except RuntimeError:  # it changed its size meanwhile
+            continue
 
 
 def read_gpus() -> tuple[Gpu, ...]:

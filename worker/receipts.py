@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 KEEP_SECONDS = 7 * 24 * 3600  # no message stays in the broker for longer
 
-_SAFE = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what may become a file's name
+_SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,159}")  # what may become a part of a file's name
 
 
 def prepare_receipts(folder: Path) -> None:
@@ -68,5 +68,5 @@ class Receipts:
 def check_id(identifier: str) -> str:
     """Return the id of a task or job; raise InvalidMessage unless it is safe as a file's name."""
     if not _SAFE.fullmatch(identifier):
-        raise InvalidMessage(f"The id {identifier[:80]!r} is not valid: use up to 64 letters, digits, - and _.")
+        raise InvalidMessage(f"The id {identifier[:80]!r} is not valid: use up to 160 letters, digits, dots, - and _.")
     return identifier

@@ -8,7 +8,8 @@ from common.errors import InvalidInput, Unavailable
 from coordinator.cli.output import console, json_option, print_json, table
 from coordinator.stack import lifecycle
 from coordinator.stack.folder import StackFolder
-from coordinator.stack.lifecycle import DEFAULT_FOLDER, StackStatus, Wishes
+from coordinator.stack.lifecycle import DEFAULT_FOLDER, StackStatus
+from coordinator.stack.wishes import Wishes
 
 folder_option = click.option(
     "--folder",

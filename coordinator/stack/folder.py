@@ -39,7 +39,7 @@ class StackFolder:
     """The files of one stack."""
 
     def __init__(self, path: Path) -> None:
-        self.path = check_path(path.absolute())
+        self.path = check_path(path.resolve())
         self.record = self.path / "stack.json"
         self.settings_file = self.path / "fedchord.toml"  # the coordinator's
         self.key_file = self.path / "signing.key"

@@ -5,17 +5,20 @@ the supervisor restarted since, and the children that train, and cannot be mista
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 import psutil
 
 from coordinator.stack.folder import Stack
 from coordinator.stack.programs import MARK
+from coordinator.stack.supervision import is_alive
 
 logger = logging.getLogger(__name__)
 
 _BROKER_COMMAND = "valkey-server"
 _KILL_SECONDS = 5.0
+_POLL_SECONDS = 0.05
 
 
 def find_leftovers(stack: Stack) -> list[psutil.Process]:
@@ -40,19 +43,26 @@ def end_leftovers(stack: Stack, *, grace_seconds: float) -> int:
 
 
 def _end(processes: Sequence[psutil.Process], *, grace_seconds: float) -> None:
-    alive = list(processes)
+    """Ask the processes to end, and kill those that have not after so many seconds."""
     if grace_seconds > 0:
-        for process in alive:
+        for process in processes:
             _signal(process.terminate)
-        _, alive = psutil.wait_procs(alive, timeout=grace_seconds)
-    for process in alive:
-        _signal(process.kill)
-    psutil.wait_procs(alive, timeout=_KILL_SECONDS)
+        _wait(processes, grace_seconds)
+    for process in processes:
+        if is_alive(process.pid):
+            _signal(process.kill)
+    _wait(processes, _KILL_SECONDS)
+
+
+def _wait(processes: Sequence[psutil.Process], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(is_alive(process.pid) for process in processes) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
 
 
 def _belongs(process: psutil.Process, stack: Stack) -> bool:
     try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == stack.stack_id)
+        return is_alive(process.pid) and process.environ().get(MARK) == stack.stack_id
     except (psutil.Error, OSError):  # gone, or another user's
         return False
 

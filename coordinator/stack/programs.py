@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.settings import CONFIG_VARIABLE, ENV_PREFIX
-from coordinator.stack.folder import Stack, StackFolder, check_path, write_private
+from coordinator.stack.folder import Stack, StackFolder, write_private
 from coordinator.stack.kit import SETTINGS_FILE
 from coordinator.stack.ports import LOOPBACK
 from coordinator.stack.valkey import valkey_command
@@ -80,7 +80,6 @@ def _site(folder: StackFolder, stack: Stack, name: str) -> Program:
 def write_supervisor_file(folder: StackFolder, stack: Stack) -> None:
     """Write supervisord's configuration; it holds Flower's password."""
     serving, sites = stack_programs(folder, stack)
-    check_path(stack.working_folder)
     sections = [
         _section(
             "unix_http_server",
@@ -123,6 +122,7 @@ def _program(folder: StackFolder, program: Program) -> str:
         directory=program.folder,
         environment=",".join(f'{name}="{value}"' for name, value in program.environment.items()),
         priority=program.priority,
+        autostart="true" if program.name == BROKER else "false",  # the others fail where there is no broker yet
         autorestart="true",
         startretries=2,
         stopwaitsecs=_STOP_SECONDS,

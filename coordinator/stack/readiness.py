@@ -1,9 +1,12 @@
-"""Wait until a stack works: its broker, its coordinator and every site answer."""
+"""Wait until a stack works: its broker, its coordinator, every site and Flower answer."""
 
 import socket
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+
+from redis import Redis
 
 from common.broker import connect, make_coordinator_app
 from common.errors import BrokerUnavailable, Unavailable
@@ -11,78 +14,83 @@ from common.heartbeats import read_heartbeats
 from common.settings import Settings
 from coordinator.stack.folder import Stack, StackFolder
 from coordinator.stack.ports import LOOPBACK
+from coordinator.stack.programs import BROKER, COORDINATOR, FLOWER
 from coordinator.stack.supervision import Supervisor
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.1
 _PING_SECONDS = 0.2
 _TAIL_LINES = 8
 
 
-def wait_until_ready(
-    folder: StackFolder, stack: Stack, settings: Settings, supervisor: Supervisor, *, deadline_seconds: float
-) -> None:
-    """Return when everything answers; raise Unavailable with the reason when a process gives up or time runs out."""
-    since = time.time()  # a heartbeat from before tells nothing; it outlives its site by seconds
-    deadline = time.monotonic() + deadline_seconds
-    checks: list[tuple[str, Callable[[], bool]]] = [
-        ("the broker does not answer", lambda: _has_broker(settings)),
-        ("a site does not answer", lambda: not missing_sites(settings, stack, since=since)),
-        ("the coordinator does not answer", lambda: _has_coordinator(settings)),
-        ("Flower does not answer", lambda: stack.flower_port is None or _listens(stack.flower_port)),
-    ]
-    for trouble, holds in checks:
-        while not holds():
-            _check_processes(folder, supervisor)
-            if time.monotonic() > deadline:
-                raise Unavailable(f"After {deadline_seconds:g} s {trouble}.{_newest_words(folder)}")
+class Readiness:
+    """Wait for the processes of a stack, as they are started; made before the first of them is."""
+
+    def __init__(self, folder: StackFolder, stack: Stack, supervisor: Supervisor, *, deadline_seconds: float) -> None:
+        self._folder = folder
+        self._stack = stack
+        self._supervisor = supervisor
+        self._since = time.time()  # a heartbeat from before tells nothing; it outlives its site by seconds
+        self._deadline = time.monotonic() + deadline_seconds
+        self._log_sizes = {log: log.stat().st_size for log in folder.logs.glob("*.log")}
+
+    def wait_for_broker(self, settings: Settings) -> None:
+        """Return when the broker answers; raise Unavailable when it has ended or the deadline has passed."""
+
+        def missing() -> str | None:
+            try:
+                connect(settings).close()
+            except BrokerUnavailable:
+                return BROKER
+            return None
+
+        self._wait(missing)
+
+    def wait_for_everybody(self, settings: Settings) -> None:
+        """Return when everybody answers; raise Unavailable when one has ended or the deadline has passed."""
+        with closing(connect(settings)) as broker:
+            self._wait(lambda: next(iter(missing_sites(broker, self._stack, since=self._since)), None))
+        name = f"{COORDINATOR}@{socket.gethostname()}"
+        with make_coordinator_app(settings) as app:
+            self._wait(lambda: None if app.control.ping([name], timeout=_PING_SECONDS, limit=1) else COORDINATOR)
+        port = self._stack.flower_port
+        self._wait(lambda: None if port is None or _listens(port) else FLOWER)
+
+    def _wait(self, missing: Callable[[], str | None]) -> None:
+        """Ask until no process is missing."""
+        while (name := missing()) is not None:
+            if time.monotonic() > self._deadline:
+                raise Unavailable(f"{name} does not answer in time; {self._last_words(name)}")
+            self._check_processes()
             time.sleep(_POLL_SECONDS)
 
+    def _check_processes(self) -> None:
+        processes = self._supervisor.processes()
+        if not processes:
+            raise Unavailable(f"The stack's supervisor has ended; {self._last_words('supervisord')}")
+        if ended := next((process for process in processes if process.has_ended), None):
+            raise Unavailable(f"{ended.name} does not start; {self._last_words(ended.name)}")
 
-def missing_sites(settings: Settings, stack: Stack, *, since: float = 0.0) -> list[str]:
+    def _last_words(self, name: str) -> str:
+        log = self._folder.log(name)
+        words = _tail(log, skip=self._log_sizes.get(log, 0))
+        return f"the end of {log}:\n{words}" if words else f"its log {log} is empty."
+
+
+def missing_sites(broker: Redis, stack: Stack, *, since: float = 0.0) -> list[str]:
     """Return the stack's sites that have not shown a sign of life since the time; raise BrokerUnavailable."""
-    broker = connect(settings)
-    try:
-        alive = read_heartbeats(broker, stack.sites)
-    finally:
-        broker.close()
+    alive = read_heartbeats(broker, stack.sites)
     return [site for site in stack.sites if site not in alive or alive[site].at < since]
 
 
-def tail(log: Path) -> str:
-    """Return the last lines of a log, empty if there is none."""
+def _tail(log: Path, *, skip: int) -> str:
+    """Return the last lines of what is in the log after the bytes to skip."""
     try:
-        lines = log.read_text("utf-8", errors="replace").splitlines()
+        data = log.read_bytes()
     except FileNotFoundError:
         return ""
-    return "\n".join([line for line in lines if line.strip()][-_TAIL_LINES:])
-
-
-def _check_processes(folder: StackFolder, supervisor: Supervisor) -> None:
-    """Raise Unavailable with the log's last words when a process will not be tried again."""
-    processes = supervisor.processes()
-    if not processes:
-        raise Unavailable(f"The stack's supervisor has ended; its log is {folder.log('supervisord')}.")
-    if given_up := next((process for process in processes if process.state == "FATAL"), None):
-        log = folder.log(given_up.name)
-        raise Unavailable(f"{given_up.name} does not start; its log is {log}:\n{tail(log)}")
-
-
-def _newest_words(folder: StackFolder) -> str:
-    logs = sorted(folder.logs.glob("*.log"), key=lambda log: log.stat().st_mtime)
-    return f" The newest log is {logs[-1]}:\n{tail(logs[-1])}" if logs else ""
-
-
-def _has_broker(settings: Settings) -> bool:
-    try:
-        connect(settings).close()
-    except BrokerUnavailable:
-        return False
-    return True
-
-
-def _has_coordinator(settings: Settings) -> bool:
-    app = make_coordinator_app(settings)
-    return bool(app.control.ping([f"coordinator@{socket.gethostname()}"], timeout=_PING_SECONDS, limit=1))
+    new = data[skip:] if len(data) >= skip else data  # shorter: it was rotated
+    lines = [line for line in new.decode("utf-8", errors="replace").splitlines() if line.strip()]
+    return "\n".join(lines[-_TAIL_LINES:])
 
 
 def _listens(port: int) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from common.errors import Unavailable
 from coordinator.stack.folder import Stack, StackFolder
 from coordinator.stack.programs import supervisor_environment
@@ -29,6 +31,7 @@ class ProcessState:
     state: str  # supervisord's word: STARTING, RUNNING, BACKOFF, STOPPING, STOPPED, EXITED, FATAL
     pid: int  # 0 if it does not run
     seconds: int  # since its start; 0 if it does not run
+    has_ended: bool  # at least once since the supervisor's start, even if it was started again
 
 
 class Supervisor:
@@ -42,7 +45,7 @@ class Supervisor:
         )
 
     def start(self) -> None:
-        """Start it and, with it, every process of the stack; raise Unavailable when it does not start."""
+        """Start it and, with it, the broker; raise Unavailable when it does not start."""
         started = subprocess.run(
             [sys.executable, "-m", "supervisor.supervisord", "-c", str(self._folder.supervisor_file)],
             capture_output=True,
@@ -53,6 +56,10 @@ class Supervisor:
         if started.returncode != 0:
             said = (started.stderr or started.stdout).strip().splitlines()
             raise Unavailable(f"The stack's supervisor does not start: {said[-1] if said else 'it says nothing'}")
+
+    def start_others(self) -> None:
+        """Start every process that does not run yet, all at once."""
+        self._call("startAllProcesses", False)
 
     def is_running(self) -> bool:
         """Return whether it answers."""
@@ -66,35 +73,47 @@ class Supervisor:
                 state=str(found["statename"]),
                 pid=int(found["pid"]),
                 seconds=int(found["now"] - found["start"]) if found["pid"] else 0,
+                has_ended=found["stop"] > 0,
             )
             for found in self._call("getAllProcessInfo") or []
         ]
 
     def stop(self, *, deadline_seconds: float) -> bool:
         """Stop every process in order, then the supervisor; return whether it ended in time."""
-        if self._call("shutdown") is None:
+        pid = self._call("getPID")
+        if pid is None:
             return True
         deadline = time.monotonic() + deadline_seconds
-        while self.is_running():
+        self._call("shutdown")
+        while is_alive(pid):
             if time.monotonic() > deadline:
                 return False
+            self._call("getState")  # wakes it, or it would look at its processes once a second only
             time.sleep(_POLL_SECONDS)
         return True
 
-    def _call(self, method: str) -> Any:
-        """Return the answer; None when there is nobody to answer."""
+    def _call(self, method: str, *arguments: object) -> Any:
+        """Return the answer; None when there is nobody to answer, or nothing more to tell."""
         try:
-            return getattr(self._server.supervisor, method)()
+            return getattr(self._server.supervisor, method)(*arguments)
         except (OSError, http.client.HTTPException) as error:
             logger.debug("No answer to %s: %r.", method, error, extra={"action": "call_supervisor"})
             return None
         except xmlrpc.client.Fault as fault:
             if fault.faultCode == _SHUTTING_DOWN:
-                return []  # it runs, but has nothing more to tell
+                return None
             raise Unavailable(f"The stack's supervisor refuses {method}: {fault.faultString}.") from fault
 
 
 _SHUTTING_DOWN = 6  # supervisor.xmlrpc.Faults.SHUTDOWN_STATE
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether the process runs: a zombie does not, and stays where nobody collects it, as in a container."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 class _SocketConnection(http.client.HTTPConnection):

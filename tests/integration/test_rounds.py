@@ -98,7 +98,11 @@ def test_a_model_knows_its_parents(running: Federation) -> None:
     model_id = running.job(job_id).model_id
     assert model_id is not None
     with reading(running.services.engine) as connection:
-        kinds = [(depth, node.model.model_kind, node.model.site) for depth, node in lineage(connection, model_id).walk() if node.model]
+        kinds = [
+            (depth, node.model.model_kind, node.model.site)
+            for depth, node in lineage(connection, model_id).walk()
+            if node.model
+        ]
     assert (0, "global", None) in kinds
     assert {(1, "update", "alpha"), (1, "update", "beta")} <= set(kinds)
     assert any(kind == "initial" for _, kind, _ in kinds)

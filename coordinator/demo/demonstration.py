@@ -1,0 +1,234 @@
+"""Train on handwritten digits at many sites, compare with centralized and local-only training, leave the results."""
+
+import json
+import logging
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import coordinator
+from common.errors import FedChordError, InvalidInput, JobFailed, NotFound
+from common.settings import Settings
+from coordinator.demo.children import Child
+from coordinator.demo.results import Summary, median_seconds, write_metrics
+from coordinator.jobfile import JobSpec, read_job_file
+from coordinator.jobs import JobState
+from coordinator.progress import JobProgress
+from coordinator.rounds import Part, RoundKind, find_parts
+from coordinator.services import Services, open_services
+from coordinator.stack import lifecycle
+from coordinator.stack.wishes import Wishes
+from coordinator.submitting import submit
+from store.database import reading
+from store.models import find_models
+from store.weights import export_single, load_index
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SITES = 10
+DEFAULT_ALPHA = 0.5
+DEFAULT_SEED = 0
+TRAINER_CLASS = "examples.digits.trainer:DigitsTrainer"
+
+_ROOT = Path(coordinator.__file__).parents[1]  # of the source tree, where `examples` lies
+_JOB_FILE = Path("examples", "digits", "job.toml")
+_OUTPUTS = ("summary.json", "metrics.csv", "accuracy.png", "model.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoPlan:
+    """What to demonstrate."""
+
+    num_sites: int = DEFAULT_SITES
+    rounds: int | None = None  # None: as many as the example's job file says
+    alpha: float = DEFAULT_ALPHA  # of the Dirichlet distribution of classes over sites; small: very different sites
+    seed: int = DEFAULT_SEED
+    output: Path  # the folder for the results
+
+    @property
+    def is_default_size(self) -> bool:
+        """Return whether the promises about accuracy hold."""
+        return self.num_sites == DEFAULT_SITES and self.rounds is None and self.alpha == DEFAULT_ALPHA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audience:
+    """Who is shown what happens."""
+
+    say: Callable[[str], None]  # tells of a step
+    follow: Callable[[Services, str], JobProgress]  # shows a job, by id, until it has ended
+
+
+def demonstrate(plan: DemoPlan, audience: Audience) -> Summary:
+    """Run the whole demonstration; the output folder is written at its end, and nothing is left running in any case.
+
+    Raise JobFailed when the job does not complete.
+    """
+    started = time.monotonic()
+    spec = _job(plan)
+    _prepare_output(plan.output)
+    with _ended_by_sigterm(), _scratch() as scratch, ExitStack() as children:
+        audience.say(f"Splitting the handwritten digits over {plan.num_sites} sites (Dirichlet {plan.alpha:g}) …")
+        data = _split(plan, scratch / "data")
+        audience.say(f"Starting Valkey, the coordinator and {plan.num_sites} sites …")
+        starting = time.monotonic()
+        with _stack(scratch / "stack", plan, spec, data) as services:
+            submitted = time.monotonic()
+            progress = audience.follow(services, submit(services, spec).job_id)
+            ended = time.monotonic()
+            if progress.job.state is not JobState.COMPLETED:
+                raise JobFailed(f"The demonstration's job is {progress.job.state}: {progress.job.reason}")
+            models = _export_models(services, progress, scratch)
+            write_metrics(scratch / "metrics.csv", progress, _parts(services, progress))
+            audience.say("Training the same network centralized, and at each site alone, to compare with …")
+            measuring = children.enter_context(_measure(plan, spec, data, models))
+        measured = measuring.result()  # went on while the stack stopped
+        accuracies = [measured["model_accuracies"][model.name] for model in models]
+        _draw(scratch, measured, accuracies, title=f"Digits at {plan.num_sites} sites, Dirichlet {plan.alpha:g}")
+        summary = Summary(
+            sites=plan.num_sites,
+            rounds=progress.rounds_done,
+            federated_accuracy=accuracies[-1],
+            centralized_accuracy=measured["centralized_accuracy"],
+            local_only_accuracy_mean=measured["local_only_accuracy_mean"],
+            seconds_total=time.monotonic() - started,
+            seconds_per_round_median=median_seconds(progress, RoundKind.TRAIN),
+            seconds_per_test_round_median=median_seconds(progress, RoundKind.TEST),
+            seconds_to_start=submitted - starting,
+            seconds_federated=ended - submitted,
+            alpha=plan.alpha,
+            seed=plan.seed,
+            job_id=progress.job.job_id,
+        )
+        (scratch / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", "utf-8")
+        models[-1].replace(scratch / "model.safetensors")
+        for name in _OUTPUTS:
+            shutil.move(scratch / name, plan.output / name)
+    return summary
+
+
+def _job(plan: DemoPlan) -> JobSpec:
+    """Return the example's job, in the demonstration's size."""
+    file = _ROOT / _JOB_FILE
+    if not file.is_file():
+        raise NotFound(f"There is no {file}: the demonstration runs from a source tree of FedChord, by `make demo`.")
+    spec = read_job_file(file)
+    changes = {"rounds": plan.rounds or spec.rounds, "seed": plan.seed, "min_sites": plan.num_sites, "test_every": 1}
+    return spec.model_copy(update=changes)
+
+
+def _prepare_output(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InvalidInput(f"--output: {folder} is not a folder; choose another one.")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that everything is stopped."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """Lend a temporary folder; after an error it stays, for its logs tell more."""
+    folder = Path(tempfile.mkdtemp(prefix="fedchord-demo-"))
+    try:
+        yield folder
+    except FedChordError:
+        logger.warning("The logs are kept in %s.", folder / "stack" / "logs", extra={"action": "keep_demo"})
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def _stack(folder: Path, plan: DemoPlan, spec: JobSpec, data: Path) -> Iterator[Services]:
+    """Run an embedded stack for the length of the block."""
+    wishes = Wishes(
+        num_sites=plan.num_sites, trainers={spec.trainer: TRAINER_CLASS}, site_data=data, working_folder=_ROOT
+    )
+    settings_file = lifecycle.up(folder, wishes).settings_file
+    try:
+        services = open_services(Settings.load(settings_file))
+        try:
+            yield services
+        finally:
+            services.engine.dispose()
+            services.broker.close()
+    finally:
+        with _undisturbed():
+            lifecycle.down(folder)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let nobody interrupt the block: it stops what would otherwise go on for ever."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _split(plan: DemoPlan, folder: Path) -> Path:
+    arguments = ["--sites", str(plan.num_sites), "--alpha", str(plan.alpha), "--seed", str(plan.seed)]
+    with Child("examples.digits.partition", [*arguments, "--folder", folder], folder=_ROOT) as splitting:
+        splitting.output()
+    return folder
+
+
+def _export_models(services: Services, progress: JobProgress, scratch: Path) -> list[Path]:
+    """Download the global model of every round; return the files in the order of the rounds."""
+    folder = scratch / "models"
+    folder.mkdir()
+    with reading(services.engine) as connection:
+        found = find_models(connection, job_id=progress.job.job_id, kind="global", newest_first=False)
+    files = []
+    for model in found:
+        files.append(folder / f"round-{model.round}.safetensors")
+        export_single(services.blobs, load_index(services.blobs, model.model_hash), files[-1])
+    return files
+
+
+def _parts(services: Services, progress: JobProgress) -> Mapping[str, Sequence[Part]]:
+    with reading(services.engine) as connection:
+        return {each.round_id: find_parts(connection, each.round_id) for each in progress.rounds}
+
+
+def _measure(plan: DemoPlan, spec: JobSpec, data: Path, models: Sequence[Path]) -> Child:
+    """Begin to measure, on the held-out digits, every model and what it is compared with."""
+    arguments: list[str | Path] = ["--folder", data, "--rounds", str(spec.rounds), "--seed", str(plan.seed), "--json"]
+    for model in models:
+        arguments += ["--model", model]
+    return Child("examples.digits.baselines", arguments, folder=_ROOT)
+
+
+def _draw(scratch: Path, measured: Mapping[str, Any], accuracies: Sequence[float], *, title: str) -> None:
+    values = {
+        "title": title,
+        "rounds": list(range(1, len(accuracies) + 1)),
+        "federated": accuracies,
+        "centralized": measured["centralized_accuracy"],
+        "local_only": measured["local_only_accuracy_mean"],
+    }
+    (scratch / "chart.json").write_text(json.dumps(values), "utf-8")
+    with Child("coordinator.demo.chart", [scratch / "chart.json", scratch / "accuracy.png"], folder=_ROOT) as drawing:
+        drawing.output()

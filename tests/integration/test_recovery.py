@@ -1,0 +1,202 @@
+"""Crashes, twins and lost messages: the job ends with the same model, to the bit."""
+
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coordinator.aggregation import shares
+from coordinator.jobs import JobState, add_job, get_job, new_job
+from coordinator.planning import plan_next
+from coordinator.progress import job_progress
+from coordinator.rounds import RoundKind, claim_round
+from coordinator.submitting import submit
+from store.database import reading, writing
+from store.models import find_models
+from tests.federation import Federation, Tensors, federation, wait_until
+
+NAMES = ("alpha", "beta", "gamma")
+ROUNDS = 6
+
+
+def train(site: str, number: int, tensors: Mapping[str, np.ndarray]) -> tuple[Tensors, int]:
+    """Do a step that depends on the site, the round and the global model, and on nothing else."""
+    if number == 0:
+        return {"w": np.linspace(-1, 1, 1000, dtype=np.float32), "n": np.array(0)}, 1
+    seed = int.from_bytes(hashlib.sha256(f"{site} {number}".encode()).digest()[:4], "big")
+    step = np.random.default_rng(seed).standard_normal(1000).astype(np.float32)
+    return {"w": tensors["w"] * np.float32(0.9) + step, "n": tensors["n"] + number}, 1 + seed % 100
+
+
+def reference(rounds: int) -> dict[str, np.ndarray]:
+    """Train in one process: the plain loop that every federated job must equal."""
+    model: Tensors = train("alpha", 0, {})[0]
+    for number in range(1, rounds + 1):
+        updates = [train(name, number, model) for name in NAMES]
+        total = np.zeros(1000, np.float32)
+        for (tensors, _), weight in zip(updates, shares([count for _, count in updates]), strict=True):
+            total += tensors["w"] * np.float32(weight)
+        model = {"w": total, "n": np.maximum.reduce([tensors["n"] for tensors, _ in updates])}
+    return dict(model)
+
+
+@pytest.fixture
+def three_sites(tmp_path: Path) -> Iterator[Federation]:
+    with federation(tmp_path, *NAMES) as made:
+        yield made
+
+
+def serve_all(made: Federation, stack: ExitStack, *, seed: int = 0) -> None:
+    for name, site in made.sites.items():
+        stack.enter_context(site.serving(lambda number, tensors, name=name: train(name, number, tensors), seed=seed))
+
+
+def assert_same_as_reference(made: Federation, job_id: str, rounds: int = ROUNDS) -> None:
+    job = made.job(job_id)
+    assert job.state is JobState.COMPLETED, job.reason
+    expected, found = reference(rounds), made.model(job_id)
+    assert {name: tensor.tobytes() for name, tensor in found.items()} == {
+        name: np.asarray(tensor).tobytes() for name, tensor in expected.items()
+    }
+    with reading(made.services.engine) as connection:
+        models = find_models(connection, job_id=job_id, kind="global")
+    assert sorted(model.round for model in models) == list(range(1, rounds + 1))  # one aggregation a round
+
+
+def test_a_distributed_job_equals_the_plain_loop_to_the_bit_whatever_order_updates_arrive_in(
+    three_sites: Federation,
+) -> None:
+    with three_sites.coordinator():
+        for seed in (1, 2, 3):
+            with ExitStack() as stack:
+                serve_all(three_sites, stack, seed=seed)
+                job = submit(three_sites.services, three_sites.spec(rounds=ROUNDS))
+                three_sites.wait(job.job_id, "completed", "failed")
+            assert_same_as_reference(three_sites, job.job_id)
+
+
+def test_two_coordinators_at_once_never_aggregate_a_round_twice(three_sites: Federation) -> None:
+    with ExitStack() as stack:
+        stack.enter_context(three_sites.coordinator(log="first.log"))
+        stack.enter_context(three_sites.coordinator(log="second.log"))
+        wait_until(lambda: all(" ready." in three_sites.log(name) for name in ("first.log", "second.log")))
+        serve_all(three_sites, stack)
+        job = submit(three_sites.services, three_sites.spec(rounds=30))
+        three_sites.wait(job.job_id, "completed", "failed", seconds=60)
+    assert_same_as_reference(three_sites, job.job_id, rounds=30)
+    closed = {
+        name: re.findall(r"Closed train round (\d+) ", three_sites.log(name)) for name in ("first.log", "second.log")
+    }
+    assert all(closed.values()), "both have taken part"
+    assert sorted(int(number) for numbers in closed.values() for number in numbers) == list(range(1, 31))
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_coordinator_killed_in_mid_round_goes_on_after_a_restart(three_sites: Federation) -> None:
+    alpha, beta, gamma = three_sites.sites.values()
+    with three_sites.coordinator() as process:
+        job = submit(three_sites.services, three_sites.spec(rounds=2))
+        for site in (alpha, beta, gamma):
+            site.start(train(site.name, 0, {})[0])
+        messages = {site.name: site.receive() for site in (alpha, beta, gamma)}
+        tensors, examples = train("alpha", 1, alpha.tensors(messages["alpha"]))
+        alpha.answer(messages["alpha"], tensors, num_examples=examples)
+        wait_until(
+            lambda: any(part.state == "accepted" for part in job_progress(three_sites.services, job.job_id).parts)
+        )
+        kill(process)
+    for site in (beta, gamma):  # while no coordinator is there
+        tensors, examples = train(site.name, 1, site.tensors(messages[site.name]))
+        site.answer(messages[site.name], tensors, num_examples=examples)
+    with three_sites.coordinator(), ExitStack() as stack:
+        serve_all(three_sites, stack)
+        three_sites.wait(job.job_id, "completed", "failed")
+    assert_same_as_reference(three_sites, job.job_id, rounds=2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_coordinator_that_is_killed_again_and_again_at_random_moments_gets_there(
+    three_sites: Federation, seed: int
+) -> None:
+    moments = random.Random(seed)
+    with ExitStack() as stack:
+        serve_all(three_sites, stack, seed=seed)
+        job = submit(three_sites.services, three_sites.spec(rounds=ROUNDS, test_every=2))
+        kills = 0
+        while three_sites.job(job.job_id).state in (JobState.SUBMITTED, JobState.RUNNING) and kills < 6:
+            log = f"coordinator-{kills}.log"
+            with three_sites.coordinator(log=log) as process:
+                wait_until(lambda log=log: " ready." in three_sites.log(log))
+                time.sleep(moments.uniform(0, 0.25))  # the moment is the point
+                kill(process)
+            kills += 1
+        with three_sites.coordinator():
+            three_sites.wait(job.job_id, "completed", "failed", seconds=30)
+    assert_same_as_reference(three_sites, job.job_id)
+
+
+def test_a_round_whose_chord_counters_are_lost_is_closed_all_the_same(three_sites: Federation) -> None:
+    with three_sites.coordinator():
+        job = submit(three_sites.services, three_sites.spec(rounds=1))
+        sites = list(three_sites.sites.values())
+        for site in sites:
+            site.start(train(site.name, 0, {})[0])
+        messages = {site.name: site.receive() for site in sites}
+        for key in three_sites.services.broker.scan_iter("celery-taskset-meta-*"):
+            three_sites.services.broker.delete(key)
+        for site in sites:
+            tensors, examples = train(site.name, 1, site.tensors(messages[site.name]))
+            site.answer(messages[site.name], tensors, num_examples=examples)
+        three_sites.wait(job.job_id, "completed", "failed")
+    assert_same_as_reference(three_sites, job.job_id, rounds=1)
+
+
+def test_a_round_that_was_planned_but_never_sent_is_sent(three_sites: Federation) -> None:
+    """A crash between the two leaves the records, from which everything can be sent again."""
+    services = three_sites.services
+    job = new_job(three_sites.spec(rounds=ROUNDS), sites=NAMES, model_id=None, submitted_by="test")
+    with writing(services.engine) as connection:
+        add_job(connection, job)
+        assert plan_next(connection, get_job(connection, job.job_id), None, alive=frozenset(NAMES)) is not None
+    with three_sites.coordinator(), ExitStack() as stack:
+        serve_all(three_sites, stack)
+        three_sites.wait(job.job_id, "completed", "failed")
+    assert_same_as_reference(three_sites, job.job_id)
+
+
+def test_a_round_whose_aggregating_process_is_gone_is_taken_up_when_the_lease_runs_out(
+    three_sites: Federation,
+) -> None:
+    services = three_sites.services
+    sites = list(three_sites.sites.values())
+    with three_sites.coordinator() as process:
+        job = submit(services, three_sites.spec(rounds=1))
+        for site in sites:
+            site.start(train(site.name, 0, {})[0])
+        messages = {site.name: site.receive() for site in sites}
+        kill(process)
+    round_ = job_progress(services, job.job_id).newest
+    assert round_ is not None
+    assert round_.kind is RoundKind.TRAIN
+    for site in sites:
+        tensors, examples = train(site.name, 1, site.tensors(messages[site.name]))
+        site.answer(messages[site.name], tensors, num_examples=examples)
+    with three_sites.coordinator(log="gate.log"):  # takes the answers, and finds the round in other hands
+        with writing(services.engine) as connection:
+            claimed_early = claim_round(connection, round_.round_id, "a process that has died", 2.0)
+        three_sites.wait(job.job_id, "completed", "failed")
+    assert not claimed_early or "taking it up" in three_sites.log("gate.log")
+    assert_same_as_reference(three_sites, job.job_id, rounds=1)

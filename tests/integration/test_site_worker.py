@@ -1,0 +1,351 @@
+"""A real site: `celery -A worker worker` as a process, a real Valkey, and what a coordinator sends and receives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from celery import Celery
+from kombu import Connection
+from redis import Redis
+
+from common.broker import connect, make_coordinator_app
+from common.heartbeats import Heartbeat, read_heartbeats
+from common.messages import (
+    ANSWERS,
+    COORDINATOR,
+    Envelope,
+    Message,
+    ModelReference,
+    PartDeclined,
+    SourceShard,
+    TrainingFinished,
+    UpdateReady,
+    UpdateRoundStart,
+)
+from common.queues import ANSWER_TASKS, COORDINATOR_QUEUE, SITE_TASKS, AnswerKind, Kind, cancel_key, site_queue
+from common.settings import Settings
+from common.signing import SigningKey
+from store.folder import FolderStore
+from store.weights import store_weights
+from tests.servers import die_with_parent, free_ports, valkey, wait_for
+
+SITE = "alpha"
+TRAINER = '''
+import os
+from pathlib import Path
+import numpy as np
+from worker.trainer import Evaluation, Fit, Trainer
+
+
+class Adder(Trainer):
+    """Adds one; tells its process in the site's data folder, and trains for as long as a file `hold` is there."""
+
+    def build(self):
+        return {"w": np.zeros(3, np.float32)}
+
+    def fit(self, tensors, step):
+        with (self.context.data / "fits").open("a") as file:
+            print(os.getpid(), step.round, file=file)
+        while (self.context.data / "hold").exists():
+            step.report(0.5, "waiting")
+        return Fit(tensors={"w": tensors["w"] + 1}, num_examples=3)
+
+    def evaluate(self, tensors, step):
+        return Evaluation(num_examples=1)
+
+    def num_examples(self):
+        return 3
+'''
+
+
+@dataclass
+class Coordinator:
+    """What a coordinator does with one site."""
+
+    folder: Path
+    settings: Settings  # of the site; the coordinator's broker is the same
+    key: SigningKey
+    site_key: SigningKey
+    app: Celery
+    broker: Redis
+    store: FolderStore
+    numbers: Iterator[int] = field(default_factory=count)
+
+    @property
+    def hold(self) -> Path:
+        """The file that keeps the trainer at work."""
+        return self.settings.site_data / "hold"
+
+    def fits(self) -> list[list[int]]:
+        """Return process and round of every training that has begun."""
+        file = self.settings.site_data / "fits"
+        return [[int(word) for word in line.split()] for line in file.read_text().splitlines()] if file.exists() else []
+
+    def part(self, **changes: Any) -> UpdateRoundStart:
+        """Return a message that asks for training."""
+        number = next(self.numbers)
+        weights = store_weights(self.store, {"w": np.arange(3, dtype=np.float32)}, 2**20)
+        shards = tuple(
+            SourceShard(digest=blob.digest, size=blob.size, url=self.store.read_url(blob, seconds=60))
+            for blob in weights.shards
+        )
+        values: dict[str, Any] = {
+            "job_id": "job",
+            "round": number,
+            "task_id": f"task-{number}",
+            "deadline_at": time.time() + 60,
+            "trainer": "adder",
+            "shard_bytes": 2**20,
+            "upload_urls": (self.store.write_url(f"slot/{number}", seconds=60),),
+            "model": ModelReference(model_id="m", digest=weights.index.digest, shards=shards),
+        }
+        return UpdateRoundStart(**values | changes)
+
+    def seal(self, message: Message) -> bytes:
+        """Return the message as it is sent."""
+        return Envelope.seal(message, sender=COORDINATOR, recipient=SITE, key=self.key)
+
+    def send(self, message: Message, *, envelope: bytes | None = None) -> None:
+        """Put the message, or other bytes in its place, on the site's queue."""
+        self.app.send_task(
+            SITE_TASKS[Kind(message.kind)],
+            args=[envelope or self.seal(message)],
+            queue=site_queue(SITE),
+            task_id=getattr(message, "task_id", None),
+            argsrepr="(test, round 1)",
+        )
+
+    def receive(self) -> Any:
+        """Return the next answer, checked as a coordinator does."""
+        with Connection(self.settings.broker_url.get_secret_value()) as connection:
+            queue = connection.SimpleQueue(COORDINATOR_QUEUE, serializer="msgpack")
+            queue.consumer.accept = {"application/x-msgpack"}
+            delivered = queue.get(timeout=20)
+            delivered.ack()
+            queue.close()
+        envelope = Envelope.read(delivered.payload[0][0])
+        assert delivered.headers["task"] == ANSWER_TASKS[AnswerKind(envelope.kind)]
+        return envelope.open(ANSWERS, recipient=COORDINATOR, public_key=self.site_key.public_key)
+
+    def heartbeat(self) -> Heartbeat | None:
+        """Return the site's heartbeat if it is alive."""
+        return read_heartbeats(self.broker, [SITE]).get(SITE)
+
+
+@contextmanager
+def run_site(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the site's worker; it is stopped at the end, kindly at first."""
+    with (folder / "site.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "celery", "-A", "worker", "worker"],
+            cwd=folder,  # where its trainer lies
+            env=environment({"FEDCHORD_CONFIG": str(folder / "site.toml")}),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment with no settings but these."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("FEDCHORD_")}
+    return {**own, "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
+    with valkey() as server:
+        key, site_key = SigningKey.generate(), SigningKey.generate()
+        site_key.save(tmp_path / "site.key")
+        (tmp_path / "data").mkdir()
+        (tmp_path / "adder.py").write_text(TRAINER)
+        (tmp_path / "site.toml").write_text(
+            f'broker_url = "{server.url}"\n'
+            f'site_name = "{SITE}"\n'
+            'blob_folder = "blobs"\n'
+            'site_folder = "state"\n'
+            'site_data = "data"\n'
+            'signing_key_file = "site.key"\n'
+            f'coordinator_public_key = "{key.public_key}"\n'
+            "heartbeat_seconds = 0.2\n"
+            "[site_trainers]\n"
+            'adder = "adder:Adder"\n'
+        )
+        settings = Settings.load(tmp_path / "site.toml")
+        store = FolderStore(settings.blob_folder)
+        store.prepare()
+        app = make_coordinator_app(settings)
+        broker = connect(settings)
+        made = Coordinator(
+            folder=tmp_path,
+            settings=settings,
+            key=key,
+            site_key=site_key,
+            app=app,
+            broker=broker,
+            store=store,
+        )
+        try:
+            yield made
+        finally:
+            made.hold.unlink(missing_ok=True)
+            broker.close()
+            app.close()
+
+
+def test_a_site_trains_answers_and_stops_cleanly(coordinator: Coordinator) -> None:
+    with run_site(coordinator.folder) as process:
+        part = coordinator.part()
+        coordinator.send(part)
+        answer = coordinator.receive()
+        assert isinstance(answer, UpdateReady)
+        assert (answer.task_id, answer.num_examples, len(answer.shards)) == (part.task_id, 3, 1)
+
+        coordinator.send(part)  # the same message again
+        assert coordinator.receive() == answer
+        assert len(coordinator.fits()) == 1
+
+        heartbeat = coordinator.heartbeat()
+        assert heartbeat is not None
+        assert (heartbeat.slots, heartbeat.trainers) == (1, ("adder",))
+
+        coordinator.send(TrainingFinished(job_id="job", state="completed"))
+        job = coordinator.settings.site_folder / "jobs" / "job"
+        wait_for(lambda: not job.exists(), seconds=10, what="the job to be forgotten")
+
+        process.terminate()
+        assert process.wait(20) == 0
+        assert coordinator.heartbeat() is None
+
+
+def test_what_a_site_cannot_or_will_not_do_is_answered(coordinator: Coordinator) -> None:
+    with run_site(coordinator.folder):
+        coordinator.send(coordinator.part(trainer="remover"))
+        assert "Trainer 'remover' is not on this site's list (adder)" in coordinator.receive().reason
+
+        coordinator.app.send_task("site.teleport_start", args=[b"x"], queue=site_queue(SITE), task_id="new-kind")
+        unknown = coordinator.receive()
+        assert isinstance(unknown, PartDeclined)
+        assert unknown.task_id == "new-kind"
+        assert unknown.reason == "This site does not know messages of the kind TELEPORT_START; upgrade this site."
+
+        part = coordinator.part()
+        fields = msgpack.unpackb(coordinator.seal(part))
+        for position, value, reason in ((0, 99, "has version 99"), (5, b"\0" * 64, "is not signed by its sender")):
+            changed = [*fields[:position], value, *fields[position + 1 :]]
+            coordinator.send(part, envelope=msgpack.packb(changed))
+            declined = coordinator.receive()
+            assert declined.task_id == part.task_id
+            assert reason in declined.reason
+
+        coordinator.app.send_task(SITE_TASKS[Kind.MODEL_TEST_ROUND], queue=site_queue(SITE), task_id="no-arguments")
+        assert coordinator.receive().task_id == "no-arguments"
+        assert coordinator.fits() == []
+
+
+def test_a_site_answers_a_ping_while_it_trains_and_stops_when_the_job_is_cancelled(coordinator: Coordinator) -> None:
+    coordinator.hold.touch()
+    with run_site(coordinator.folder):
+        coordinator.send(coordinator.part())
+        wait_for(lambda: len(coordinator.fits()) == 1, seconds=20, what="the training to begin")
+        (reply,) = coordinator.app.control.ping(timeout=10, limit=1) or []
+        assert list(reply.values()) == [{"ok": "pong"}]
+
+        def is_at_work() -> bool:
+            heartbeat = coordinator.heartbeat()
+            return heartbeat is not None and (heartbeat.working_on, heartbeat.free_slots) == (("(test, round 1)",), 0)
+
+        wait_for(is_at_work, seconds=10, what="a heartbeat that tells of the part")
+        coordinator.broker.set(cancel_key(SITE, "job"), 1, ex=60)
+        assert coordinator.receive().reason == "The job was stopped."
+
+
+def test_a_part_whose_process_was_killed_is_done_again(coordinator: Coordinator) -> None:
+    coordinator.hold.touch()
+    with run_site(coordinator.folder):
+        part = coordinator.part()
+        coordinator.send(part)
+        wait_for(lambda: len(coordinator.fits()) == 1, seconds=20, what="the training to begin")
+        os.kill(coordinator.fits()[0][0], signal.SIGKILL)
+        wait_for(lambda: len(coordinator.fits()) == 2, seconds=30, what="the training to begin again")
+        coordinator.hold.unlink()
+        answer = coordinator.receive()
+        assert isinstance(answer, UpdateReady)
+        assert answer.task_id == part.task_id
+    first, second = coordinator.fits()
+    assert first[0] != second[0]
+
+
+def test_a_site_that_was_killed_leaves_nothing_running_and_takes_up_its_part_again(coordinator: Coordinator) -> None:
+    coordinator.hold.touch()
+    with run_site(coordinator.folder) as process:
+        coordinator.send(coordinator.part())
+        wait_for(lambda: len(coordinator.fits()) == 1, seconds=20, what="the training to begin")
+        process.kill()
+        process.wait()
+        child = coordinator.fits()[0][0]
+        wait_for(lambda: not is_running(child), seconds=10, what="the child to end with its parent")
+        wait_for(lambda: coordinator.heartbeat() is None, seconds=10, what="the heartbeat to expire")
+    coordinator.hold.unlink()
+    with run_site(coordinator.folder):
+        assert isinstance(coordinator.receive(), UpdateReady)
+
+
+def is_running(pid: int) -> bool:
+    """Return whether the process is at work; one that ended may still be listed until somebody asks for its end."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"FEDCHORD_SITE_NAME": "Not Valid"}, "Site name 'Not Valid' is not valid"),
+        ({"FEDCHORD_SITE_SLOTS": "none"}, "site_slots"),
+        ({"FEDCHORD_COORDINATOR_PUBLIC_KEY": "abc="}, "The public key"),
+        ({"FEDCHORD_SIGNING_KEY_FILE": "nowhere.key"}, "Cannot read the signing key"),
+        ({"FEDCHORD_SITE_TRAINERS": '{"a": "not_there:A"}'}, "names a module that is not there"),
+        ({"FEDCHORD_BROKER_URL": "redis://127.0.0.1:{port}/0"}, "does not answer"),
+        ({"FEDCHORD_CONFIG": "nowhere.toml"}, "Cannot read the settings file"),
+        ({"FEDCHORD_CONFIG": ""}, "No site_name"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_sentence(coordinator: Coordinator, change: dict[str, str], message: str) -> None:
+    (port,) = free_ports(1)
+    changed = {name: value.replace("{port}", str(port)) for name, value in change.items()}
+    done = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "worker", "worker"],
+        cwd=coordinator.folder,
+        env=environment({"FEDCHORD_CONFIG": str(coordinator.folder / "site.toml"), **changed}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert coordinator.heartbeat() is None
