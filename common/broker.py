@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from common.errors import BrokerUnavailable
 from common.queues import COORDINATOR_QUEUE, site_queue
 from common.settings import Settings
+from common.transport import use_transport
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ def hide_password(url: str) -> str:
 
 
 def _make_app(name: str, settings: Settings, *, queue: str) -> Celery:
+    use_transport()
     app = QuietCelery(name, broker=settings.broker_url.get_secret_value(), set_as_current=False)
     app.conf.update(
         accept_content=["msgpack"],

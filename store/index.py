@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from common.errors import InvalidTensors
@@ -73,6 +74,7 @@ def build_index(schema: Schema, shard_of: Mapping[str, int], shards: Sequence[Bl
     return json.dumps(index, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+@lru_cache(maxsize=32)  # every update of a round is held against the same index
 def parse_index(data: bytes) -> Weights:
     """Return what an index of ours says; raise InvalidTensors unless it is written exactly as `build_index` does."""
     try:
@@ -87,12 +89,15 @@ def parse_index(data: bytes) -> Weights:
             raise ValueError("it is not in the canonical form")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidTensors(f"The index of the model cannot be read ({error!r}); store the model again.") from error
-    return describe_weights(schema, shard_of, shards)
+    return _weights(schema, shard_of, shards, data)
 
 
 def describe_weights(schema: Schema, shard_of: Mapping[str, int], shards: Sequence[Blob]) -> Weights:
     """Return the model of these shards, which hold what `shard_of` says."""
-    data = build_index(schema, shard_of, shards)
+    return _weights(schema, shard_of, shards, build_index(schema, shard_of, shards))
+
+
+def _weights(schema: Schema, shard_of: Mapping[str, int], shards: Sequence[Blob], data: bytes) -> Weights:
     return Weights(
         schema=dict(sorted(schema.items())),
         shard_of=dict(sorted(shard_of.items())),

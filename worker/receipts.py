@@ -1,6 +1,5 @@
 """Keep the answer of every part that was done, so that a message that comes twice is not worked on twice."""
 
-import contextlib
 import logging
 import os
 import re
@@ -37,10 +36,15 @@ class Receipts:
         self._folder = folder
 
     def find(self, task_id: str, attempt: int) -> bytes | None:
-        """Return the answer that was given to the part, if there is one."""
-        with contextlib.suppress(FileNotFoundError):
-            return self._path(task_id, attempt).read_bytes()
-        return None
+        """Return the answer that was given to the part, if there is one that can be read."""
+        path = self._path(task_id, attempt)
+        try:
+            return path.read_bytes() or None  # a power cut may leave an empty file
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            logger.warning("Cannot read the receipt %s: %s.", path, error, extra={"action": "find_receipt"})
+            return None
 
     def keep(self, task_id: str, attempt: int, answer: bytes) -> None:
         """Write the answer; raise DiskFull or StoreUnavailable when that fails."""

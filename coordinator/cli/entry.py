@@ -56,7 +56,7 @@ class LazyGroup(click.Group):
 
 @click.group(
     cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"max_content_width": 100},
     epilog="""\b
 Example:
   fedchord up --sites 3 --trainer digits-mlp=examples.digits.trainer:DigitsTrainer

@@ -52,8 +52,9 @@ def plan_stack(folder: StackFolder, last: Stack | None, wishes: Wishes) -> Stack
 def _choose_sites(wishes: Wishes, site_data: Path | None, last: Stack | None) -> tuple[str, ...]:
     if wishes.site_data is None and wishes.num_sites is None and last is not None:
         return last.sites
+    num_sites = DEFAULT_SITES if wishes.num_sites is None else wishes.num_sites
     if site_data is None:
-        return tuple(f"site-{number}" for number in range(1, (wishes.num_sites or DEFAULT_SITES) + 1))
+        return tuple(f"site-{number}" for number in range(1, num_sites + 1))
     if not site_data.is_dir():
         raise InvalidInput(f"--site-data: there is no folder {site_data}.")
     names = sorted((each.name for each in site_data.iterdir() if each.is_dir()), key=lambda name: (len(name), name))

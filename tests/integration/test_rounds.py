@@ -1,5 +1,6 @@
 """Rounds through a real Valkey and a real coordinator process, with sites that follow a script."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from common.messages import (
 )
 from common.queues import cancel_key
 from common.signing import SigningKey
+from common.transport import dead_letter_key
 from coordinator.jobs import JobState, find_jobs
 from coordinator.progress import JobProgress, job_progress
 from coordinator.rounds import Part, RoundKind, RoundState
@@ -242,10 +244,28 @@ def test_what_is_no_message_does_not_stop_the_coordinator(running: Federation) -
     for junk in (b"", b"\xc1", b"junk", None, {"a": 1}, [1], "text", 7):
         alpha.app.send_task("coordinator.update_ready", args=[junk], queue="coordinator")
     alpha.app.send_task("coordinator.no_such_task", args=[], queue="coordinator")
-    job_id, (alpha, beta) = begin(running, "alpha", "beta")
+    _, (alpha, beta) = begin(running, "alpha", "beta")
     for site in (alpha, beta):
         site.answer(site.receive(), update(1))
     assert finish(alpha, beta).state == "completed"
+
+
+@pytest.mark.parametrize(
+    "element",
+    [b"", b"not json", b"[]", b"{}", b"null", b"\xff\xfe", b"[" * 100_000, b'{"properties": 1}', b"7" * 10**6],
+    ids=["empty", "text", "list", "dict", "null", "bytes", "deep", "no properties", "large"],
+)
+def test_a_poisonous_element_is_set_aside_with_its_reason(running: Federation, element: bytes) -> None:
+    broker = running.services.broker
+    broker.delete(dead_letter_key("coordinator"))
+    broker.lpush("coordinator", element)
+    wait_until(lambda: broker.llen(dead_letter_key("coordinator")), what="the dead letter")
+    letter = json.loads(broker.lrange(dead_letter_key("coordinator"), 0, -1)[0])
+    assert letter["bytes"] == len(element)
+    assert letter["reason"]
+    _, (alpha,) = begin(running, "alpha")  # and the coordinator goes on
+    alpha.answer(alpha.receive(), update(1))
+    assert finish(alpha).state == "completed"
 
 
 def test_a_site_with_no_worker_cannot_hold_a_round_past_its_deadline(running: Federation) -> None:

@@ -31,6 +31,14 @@ def test_the_last_of_two_answers_stays_whole(folder: Path) -> None:
     assert receipts.find("task", 1) == b"second"
 
 
+def test_a_receipt_that_cannot_be_read_counts_as_none(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "empty.1").touch()
+    (folder / "folder.1").mkdir()
+    assert Receipts(folder).find("empty", 1) is None
+    assert Receipts(folder).find("folder", 1) is None
+    assert caplog.text.count("Cannot read the receipt") == 1
+
+
 def test_repeats_are_counted_across_processes(folder: Path) -> None:
     assert [Receipts(folder).count_repeat("task", 1) for _ in range(3)] == [1, 2, 3]
     assert Receipts(folder).count_repeat("task", 2) == 1

@@ -1,0 +1,103 @@
+"""Kombu's Redis transport, made to survive what is no message, and to make fewer clients.
+
+Whoever may write to a queue may write anything. An element that is not JSON raises inside kombu's event loop and ends
+the worker; here such an element is set aside in a list beside the queue, `<queue>.dead`, and the worker goes on.
+"""
+
+import base64
+import json
+import logging
+import time
+from typing import Any
+
+import redis
+from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport import redis as kombu_redis
+
+logger = logging.getLogger(__name__)
+
+MAX_DEAD = 1000  # elements kept for each queue, the newest
+MAX_DEAD_BYTES = 64 * 1024  # kept of each
+
+
+def use_transport() -> None:
+    """Let redis:// and rediss:// mean this transport, in this process."""
+    TRANSPORT_ALIASES.update({scheme: f"{__name__}:Transport" for scheme in ("redis", "rediss")})
+
+
+def dead_letter_key(queue: str) -> str:
+    """Return the broker key of the list of what was set aside from the queue."""
+    return f"{queue}.dead"
+
+
+def set_aside(client: redis.Redis, queue: str, element: bytes, reason: str) -> None:
+    """Put an element that cannot be handled on the queue's dead-letter list, with the time and the reason."""
+    letter = {
+        "at": time.time(),
+        "reason": reason,
+        "bytes": len(element),
+        "base64": base64.b64encode(element[:MAX_DEAD_BYTES]).decode("ascii"),
+    }
+    with client.pipeline() as pipeline:
+        pipeline.lpush(dead_letter_key(queue), json.dumps(letter))
+        pipeline.ltrim(dead_letter_key(queue), 0, MAX_DEAD - 1)
+        pipeline.execute()
+    logger.error(
+        "An element of queue %s is no message and was set aside: %s",
+        queue,
+        reason,
+        extra={"action": "set_aside", "queue": queue},
+    )
+
+
+class Channel(kombu_redis.Channel):
+    """A channel that looks at each element before kombu does."""
+
+    _shared_client: redis.Redis | None = None
+
+    def _create_client(self, asynchronous: bool = False) -> redis.Redis:
+        # kombu makes a client for each acknowledgement; one for each pool does, since a client holds no connection
+        if asynchronous:
+            client: redis.Redis = super()._create_client(asynchronous=True)  # type: ignore[misc]  # the stubs lack it
+            return client
+        if self._shared_client is None or self._shared_client.connection_pool is not self.pool:
+            self._shared_client = super()._create_client()  # type: ignore[misc]  # the stubs lack it
+        return self._shared_client
+
+    def _get_client(self) -> type[redis.Redis]:
+        base: type[redis.Redis] = super()._get_client()  # type: ignore[misc]  # the stubs lack it
+        channel = self
+
+        class Client(base):  # type: ignore[misc,valid-type]  # the base is chosen by kombu at run time
+            def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
+                response = super().parse_response(connection, command_name, **options)
+                if command_name == "BRPOP" and response and (reason := _trouble(response[1])):
+                    queue = response[0].decode("utf-8", "replace").rsplit(channel.sep, 1)[0]
+                    set_aside(channel._create_client(), queue, response[1], reason)
+                    return None  # as if the queue had been empty
+                return response
+
+        return Client
+
+
+class Transport(kombu_redis.Transport):
+    """The transport of every FedChord process."""
+
+    Channel = Channel
+
+
+def _trouble(element: bytes) -> str:
+    """Return why kombu could not make a message of the element; empty if it can."""
+    try:
+        message = json.loads(element)
+        properties = message["properties"]
+        if not isinstance(properties["delivery_tag"], str) or not isinstance(message["headers"], dict):
+            return "its delivery tag or its headers are missing"
+        if not all(isinstance(properties["delivery_info"][name], str) for name in ("exchange", "routing_key")):
+            return "it does not say where it was sent to"
+        if properties.get("body_encoding") != "base64":
+            return "its body is not base64"
+        base64.b64decode(message["body"], validate=True)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"{type(error).__name__}: {error}"[:500]
+    return ""

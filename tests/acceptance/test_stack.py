@@ -1,0 +1,227 @@
+import os
+import signal
+import socket
+import stat
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from store.tensors import read_tensors
+from tests.acceptance.conftest import Workplace, wait_for
+
+
+def pid_of(place: Workplace, name: str) -> int:
+    """Return the process id of one of the stack's processes."""
+    return next(each["pid"] for each in place.run("status", "--json").json["processes"] if each["name"] == name)
+
+
+def test_status_lists_every_process_of_a_stack_that_runs(running: Workplace) -> None:
+    status = running.run("status", "--json").json
+    assert {each["name"]: each["state"] for each in status["processes"]} == {
+        "coordinator": "RUNNING",
+        "site-1": "RUNNING",
+        "site-2": "RUNNING",
+        "valkey": "RUNNING",
+    }
+    assert (status["running"], status["well"], status["sites_missing"], status["leftovers"]) == (True, True, [], 0)
+
+
+def test_the_files_with_secrets_are_their_owners_alone(running: Workplace) -> None:
+    names = ["stack.json", "fedchord.toml", "supervisord.conf", "signing.key", "valkey/valkey.conf"]
+    names += [f"sites/site-1/{name}" for name in ("site.toml", "signing.key")]
+    modes = {name: stat.S_IMODE((running.stack / name).stat().st_mode) for name in names}
+    assert modes == dict.fromkeys(names, 0o600)
+
+
+def test_the_brokers_password_is_in_no_command_line(running: Workplace) -> None:
+    config = (running.stack / "valkey" / "valkey.conf").read_text()
+    password = next(line.split()[1] for line in config.splitlines() if line.startswith("requirepass"))
+    assert [process for process in running.processes() if password in " ".join(process.cmdline())] == []
+
+
+def test_a_second_up_is_refused_and_disturbs_nothing(running: Workplace) -> None:
+    before = pid_of(running, "coordinator")
+    ended = running.run("up", code=4)
+    assert "is running already" in ended.err
+    assert pid_of(running, "coordinator") == before
+
+
+def test_a_job_that_is_watched_to_its_end_leaves_a_model(running: Workplace) -> None:
+    ended = running.run("submit", running.job_file(rounds=3), "--watch", "--json").json
+    job_id = ended["job_id"]
+    assert (ended["state"], ended["rounds_done"]) == ("completed", 3)
+    assert running.run("jobs", job_id[:8], "--json").json == ended
+    assert job_id in [job["job_id"] for job in running.run("jobs", "--json").json]
+
+    models = running.run("models", "--job", job_id, "--kind", "global", "--json").json
+    assert [model["round"] for model in models] == [3, 2, 1]
+    shown = running.run("models", models[0]["model_id"][:13], "--json").json
+    assert shown["lineage"]["models"][0]["model_id"] == models[0]["model_id"]
+
+    running.run("download", "--job", job_id, "--output", "count.safetensors")
+    tensors = read_tensors(running.folder / "count.safetensors")
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"count": [3.0, 3.0, 3.0]}
+    refused = running.run("download", "--job", job_id, "--output", "count.safetensors", code=2)
+    assert "is there already" in refused.err
+    files = running.run("download", models[0]["model_id"], "--shards", "--output", "count", "--json").json["files"]
+    assert sorted(Path(file).name for file in files) == [
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+    ]
+    assert np.array_equal(read_tensors(running.folder / files[0])["count"], tensors["count"])
+
+
+def test_a_watched_job_tells_of_every_round_in_a_line_where_there_is_no_terminal(running: Workplace) -> None:
+    lines = running.run("submit", running.job_file(rounds=2), "--watch").out.splitlines()
+    begins = [" ".join(line.split(",")[0].split()) for line in lines[:-1]]
+    assert begins == [
+        "start closed",
+        "train round 1 closed",
+        "test round 1 closed",
+        "train round 2 closed",
+        "test round 2 closed",
+    ]
+    assert lines[-1].startswith("Job count completed.")
+
+
+def test_an_aborted_job_ends_the_watching_with_its_own_exit_code(running: Workplace) -> None:
+    job_id = running.run("submit", running.job_file(rounds=100_000), "--json").json["job_id"]
+    watching = running.start("watch", job_id, "--json")
+    aborted = running.run("abort", job_id, "--reason", "enough of it", "--json").json
+    out, err = watching.communicate(timeout=60)
+    assert (aborted["state"], aborted["reason"]) == ("aborted", "enough of it")
+    assert (watching.returncode, err.splitlines()[-1]) == (
+        6,
+        f"fedchord: Job count ({job_id}) was aborted: enough of it",
+    )
+    assert '"state": "aborted"' in out
+    again = running.run("abort", job_id, code=4)
+    assert "has ended" in again.err
+
+
+def test_interrupted_watching_leaves_the_job_running_and_says_how_to_come_back(running: Workplace) -> None:
+    job_id = running.run("submit", running.job_file(rounds=100_000), "--json").json["job_id"]
+    watching = running.start("watch", job_id)
+    assert watching.stdout is not None
+    assert watching.stdout.readline().startswith("start closed")
+    watching.send_signal(signal.SIGINT)
+    _, err = watching.communicate(timeout=60)
+    assert watching.returncode == 130
+    assert f"fedchord watch {job_id[:8]}" in err
+    assert running.run("jobs", job_id, "--json").json["state"] == "running"
+    running.run("abort", job_id)
+
+
+def test_a_site_can_be_enrolled_disabled_enabled_and_removed(running: Workplace) -> None:
+    added = running.run("sites", "add", "clinic-a", "--json").json
+    kit = running.folder / "clinic-a"
+    assert added["start"] == "FEDCHORD_CONFIG=clinic-a/site.toml celery -A worker worker"
+    assert {file.name: stat.S_IMODE(file.stat().st_mode) for file in kit.iterdir()} == {
+        "site.toml": 0o600,
+        "signing.key": 0o600,
+    }
+    key = (kit / "signing.key").read_bytes()
+    running.run("sites", "add", "clinic-a", code=4)
+    assert (kit / "signing.key").read_bytes() == key
+
+    def site() -> tuple[bool, str, bool]:
+        found = next(each for each in running.run("sites", "--json").json if each["site"] == "clinic-a")
+        return found["enabled"], found["reason"], found["alive"]
+
+    assert site() == (True, "", False)
+    running.run("sites", "disable", "clinic-a", "--reason", "moving")
+    assert site() == (False, "moving", False)
+    running.run("sites", "enable", "clinic-a")
+    assert site() == (True, "", False)
+    running.run("sites", "remove", "clinic-a")
+    assert "clinic-a" not in [each["site"] for each in running.run("sites", "--json").json]
+    running.run("sites", "remove", "clinic-a", code=3)
+
+
+def test_a_site_with_a_key_of_its_own_gets_no_private_key(running: Workplace) -> None:
+    public_key = running.run("sites", "--json").json[0]["public_key"]
+    running.run("sites", "add", "clinic-b", "--public-key", public_key)
+    assert [file.name for file in (running.folder / "clinic-b").iterdir()] == ["site.toml"]
+    running.run("sites", "remove", "clinic-b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["jobs", "no-such-job"], 3, "no job"),
+        (["watch", "no-such-job"], 3, "no job"),
+        (["models", "no-such-model"], 3, "no model"),
+        (["submit", "no-such-file.toml"], 2, "no-such-file.toml"),
+        (["sites", "add", "Not A Name"], 2, "not valid"),
+        (["sites", "add", "clinic-c", "--public-key", "AAAA"], 2, "copy it again"),
+        (["download"], 2, "--job"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(running: Workplace, arguments: list[str], code: int, words: str) -> None:
+    ended = running.run(*arguments, code=code)
+    assert ended.out == ""
+    assert len(ended.err.splitlines()) == 1
+    assert ended.err.startswith("fedchord: ")
+    assert words in ended.err
+
+
+def test_a_port_in_use_is_told_before_anything_is_written(workplace: Workplace) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = workplace.run("up", "--port", str(port), code=5)
+    assert f"Port {port} is in use" in ended.err
+    assert [file.name for file in workplace.stack.iterdir()] == ["lock"]
+    assert workplace.processes() == []
+
+
+def test_a_trainer_that_cannot_be_found_is_told_and_everything_is_stopped_again(workplace: Workplace) -> None:
+    ended = workplace.run("up", "--trainer", "counting=no_such_module:Counting", code=5)
+    assert "names a module that is not there" in ended.err
+    assert workplace.processes() == []
+
+
+def test_without_a_stack_every_command_says_what_to_do(workplace: Workplace) -> None:
+    assert "`fedchord up` makes one" in workplace.run("status", code=3).err
+    assert "`fedchord up` makes one" in workplace.run("down", code=3).err
+    assert "`fedchord up` makes a coordinator's key" in workplace.run("jobs", code=2).err
+
+
+def test_down_ends_what_a_killed_supervisor_has_left(workplace: Workplace) -> None:
+    workplace.up()
+    os.kill(int((workplace.stack / "supervisord.pid").read_text()), signal.SIGKILL)
+    status = workplace.run("status", "--json", code=5).json
+    assert (status["running"], status["leftovers"] >= 4) == (False, True)
+    assert workplace.run("down", "--json").json["stopped"] == status["leftovers"]
+    assert workplace.processes() == []
+
+
+def test_a_job_goes_on_after_down_and_up(workplace: Workplace) -> None:
+    def rounds_done() -> int:
+        return int(workplace.run("jobs", job_id, "--json").json["rounds_done"])
+
+    workplace.up()
+    job_id = workplace.run("submit", workplace.job_file(rounds=100_000), "--json").json["job_id"]
+    wait_for(lambda: rounds_done() >= 1, seconds=60, what="a round is done")
+    workplace.run("down")
+    assert workplace.processes() == []
+    refused = workplace.run("jobs", job_id, code=5)
+    assert "The broker at" in refused.err
+
+    workplace.run("up")
+    before = rounds_done()
+    wait_for(lambda: rounds_done() > before + 1, seconds=60, what="the job goes on")
+    workplace.run("down")
+
+
+def test_a_process_that_is_killed_is_started_again(workplace: Workplace) -> None:
+    workplace.up()
+    killed = psutil.Process(pid_of(workplace, "coordinator"))
+    killed.kill()
+    wait_for(lambda: not killed.is_running(), seconds=10, what="it is gone")
+    ended = workplace.run("submit", workplace.job_file(rounds=2), "--watch", "--json").json
+    assert ended["state"] == "completed"
+    workplace.run("down")
