@@ -25,8 +25,9 @@ class QuietWorker(Worker):
 
     def __init__(self, app: Celery | None = None, hostname: str | None = None, **options: Any) -> None:
         options.update(without_mingle=True, without_gossip=True)
-        application = app or self.app
-        super().__init__(app, hostname or f"{application.main}@{socket.gethostname()}", **options)
+        if hostname is None or hostname.startswith("celery@"):  # the command line's own default: the same for every site
+            hostname = f"{(app or self.app).main}@{socket.gethostname()}"
+        super().__init__(app, hostname, **options)
 
 
 class QuietCelery(Celery):

@@ -1,6 +1,6 @@
 """Write the reference of the command line from what click knows.
 
-    python -m coordinator.cli.reference > docs/reference/cli.md
+python -m coordinator.cli.reference > docs/reference/cli.md
 """
 
 from collections.abc import Iterator

@@ -7,7 +7,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -164,28 +164,16 @@ def _stack(folder: Path, plan: DemoPlan, spec: JobSpec, data: Path) -> Iterator[
     wishes = Wishes(
         num_sites=plan.num_sites, trainers={spec.trainer: TRAINER_CLASS}, site_data=data, working_folder=_ROOT
     )
-    settings_file = lifecycle.up(folder, wishes).settings_file
     try:
-        services = open_services(Settings.load(settings_file))
+        services = open_services(Settings.load(lifecycle.up(folder, wishes).settings_file))
         try:
             yield services
         finally:
             services.engine.dispose()
             services.broker.close()
     finally:
-        with _undisturbed():
+        with lifecycle.undisturbed(), suppress(NotFound):  # there is no stack when it could not even be planned
             lifecycle.down(folder)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let nobody interrupt the block: it stops what would otherwise go on for ever."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _split(plan: DemoPlan, folder: Path) -> Path:

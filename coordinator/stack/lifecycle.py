@@ -2,8 +2,11 @@
 
 import logging
 import shutil
+import signal
+import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +76,8 @@ def up(path: Path, wishes: Wishes) -> StackStatus:
                 supervisor.start_others()
                 readiness.wait_for_everybody(settings)
             except BaseException:
-                _stop(folder, stack)
+                with undisturbed():
+                    _stop(folder, stack)
                 raise
     return status(path)
 
@@ -109,6 +113,20 @@ def status(path: Path) -> StackStatus:
         flower=None if stack.flower_port is None else f"http://{LOOPBACK}:{stack.flower_port}",
         leftovers=0 if is_running else len(find_leftovers(stack)),
     )
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let no Ctrl-C or SIGTERM interrupt the block: it stops what would otherwise go on for ever."""
+    if threading.current_thread() is not threading.main_thread():  # signals do not come here
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _last(folder: StackFolder) -> Stack | None:

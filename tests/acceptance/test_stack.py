@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from store.tensors import read_tensors
-from tests.acceptance.conftest import Workplace, wait_for
+from tests.workplace import Workplace, wait_for
 
 
 def pid_of(place: Workplace, name: str) -> int:
