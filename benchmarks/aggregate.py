@@ -1,6 +1,6 @@
 """How fast stored updates become a model, beside the machine's own blocked multiply-add on arrays in memory.
 
-    python -m benchmarks.aggregate --updates 10 --megabytes 100 --json
+python -m benchmarks.aggregate --updates 10 --megabytes 100 --json
 """
 
 import tempfile

@@ -1,5 +1,6 @@
-"""A whole federation of real processes for a benchmark: the embedded stack that `fedchord up` starts, in a temporary folder."""
+"""A whole federation of real processes for a benchmark: the stack that `fedchord up` starts, in a temporary folder."""
 
+import itertools
 import tempfile
 import threading
 import time
@@ -61,7 +62,7 @@ class Run:
     """A finished job and what it has cost."""
 
     progress: JobProgress
-    intervals: tuple[float, ...]  # seconds from one training round's plan to the next one's; the first round is left out
+    intervals: tuple[float, ...]  # seconds from a training round's plan to the next one's, the first left out
     cpu_seconds_per_round: float
     coordinator_peak_rss_mb: float  # 10^6 bytes
     total_peak_rss_mb: float  # 10^6 bytes
@@ -94,7 +95,7 @@ def run(services: Services, spec: JobSpec) -> Run:
         raise SystemExit(f"The job is {progress.job.state}: {progress.job.reason}")
     trained = [round_ for round_ in progress.rounds if round_.kind == "train"]
     times = [round_.created_at for round_ in trained] + [progress.job.finished_at or trained[-1].created_at]
-    intervals = [(after - before).total_seconds() for before, after in zip(times[1:], times[2:], strict=False)]
+    intervals = [(after - before).total_seconds() for before, after in itertools.pairwise(times[1:])]
     return Run(
         progress=progress,
         intervals=tuple(intervals),

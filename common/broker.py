@@ -25,7 +25,7 @@ class QuietWorker(Worker):
 
     def __init__(self, app: Celery | None = None, hostname: str | None = None, **options: Any) -> None:
         options.update(without_mingle=True, without_gossip=True)
-        if hostname is None or hostname.startswith("celery@"):  # the command line's own default: the same for every site
+        if hostname is None or hostname.startswith("celery@"):  # the command line's default, the same for every site
             hostname = f"{(app or self.app).main}@{socket.gethostname()}"
         super().__init__(app, hostname, **options)
 

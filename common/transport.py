@@ -22,7 +22,7 @@ MAX_DEAD_BYTES = 64 * 1024  # kept of each
 
 def use_transport() -> None:
     """Let redis:// and rediss:// mean this transport, in this process."""
-    TRANSPORT_ALIASES.update({scheme: f"{__name__}:Transport" for scheme in ("redis", "rediss")})
+    TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), f"{__name__}:Transport"))
 
 
 def dead_letter_key(queue: str) -> str:

@@ -5,10 +5,10 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from common.heartbeats import read_heartbeats
 from sqlalchemy import Connection
 
 from common.errors import FedChordError, Unavailable
+from common.heartbeats import read_heartbeats
 from common.queues import Kind
 from coordinator.aggregation import aggregate, weighted_metrics
 from coordinator.dispatch import publish_round, send_notices

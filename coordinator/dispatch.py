@@ -10,7 +10,6 @@ from celery import group
 from celery.app.task import Context
 from celery.canvas import Signature
 from kombu.exceptions import KombuError
-from sqlalchemy import Connection
 
 from common.errors import BrokerUnavailable, NotFound
 from common.messages import (

@@ -4,11 +4,11 @@ import getpass
 import logging
 from pathlib import Path
 
-from common.heartbeats import read_heartbeats
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
 from common.errors import BrokerUnavailable, Conflict, InvalidJobFile, InvalidTensors
+from common.heartbeats import read_heartbeats
 from common.queues import COORDINATOR_QUEUE, CoordinatorTask, cancel_key
 from coordinator.dispatch import send_notices
 from coordinator.jobfile import JobSpec

@@ -1,4 +1,4 @@
-"""A federation for tests: real Valkey, real records and blobs, real coordinator processes, and sites that follow a script."""
+"""A federation for tests: real Valkey, records, blobs and coordinator processes, and sites that follow a script."""
 
 import os
 import random
@@ -160,7 +160,7 @@ class ScriptedSite:
 
     @contextmanager
     def serving(self, train: Callable[[int, Tensors], tuple[Tensors, int]], *, seed: int = 0) -> Iterator[None]:
-        """Answer every message in a thread, after a short random pause: `train` gives tensors and number of examples."""
+        """Answer every message in a thread after a short pause; `train` gives tensors and the number of examples."""
         done = threading.Event()
         receipts: dict[str, UpdateReady] = {}
         pause = random.Random(f"{seed} {self.name}")
