@@ -131,7 +131,8 @@ class Settings(BaseSettings):
     def load(cls, config: Path | None = None) -> Self:
         """Read the variables and the TOML file; raise InvalidSettings that names each wrong field.
 
-        Relative paths in the file are relative to the file, so that a stack can be used from any folder.
+        Relative paths in the file, and the defaults beside it, are relative to the file, so that a stack or a site's
+        kit can be used from any folder.
         """
         if config is None and (named := os.environ.get(CONFIG_VARIABLE)):
             config = Path(named)
@@ -156,8 +157,8 @@ def _read_toml(config: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidSettings(f"The settings file {config} is not valid TOML: {error}.") from error
     for name, field in Settings.model_fields.items():
-        if field.annotation is Path and isinstance(values.get(name), str):
-            values[name] = config.resolve().parent / values[name]
+        if field.annotation is Path and isinstance(path := values.get(name, field.default), str | Path):
+            values[name] = config.resolve().parent / path
     return values
 
 

@@ -1,5 +1,6 @@
 """A federation for tests: real Valkey, records, blobs and coordinator processes, and sites that follow a script."""
 
+import json
 import os
 import random
 import signal
@@ -244,29 +245,54 @@ class Federation:
     @contextmanager
     def coordinator(self, *, log: str = "coordinator.log") -> Iterator[subprocess.Popen[bytes]]:
         """Run a coordinator worker as a process of its own."""
-        with (self.folder / log).open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "celery", "-A", "coordinator", "worker", "-n", f"{log}@test"],
-                cwd=ROOT,
-                env={**clean_environment(), "FEDCHORD_CONFIG": str(self.config)},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                preexec_fn=die_with_parent,
-            )
-        try:
+        with _worker("coordinator", self.config, self.folder / log, "-n", f"{log}@test") as process:
             yield process
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(20)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+
+    @contextmanager
+    def site(self, name: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Run an enrolled site as a process of its own, with the benchmarks' trainer."""
+        folder = self.folder / name
+        folder.mkdir()
+        self.sites[name].key.save(folder / "signing.key")
+        settings = self.services.settings
+        values = {
+            "broker_url": settings.broker_url.get_secret_value(),
+            "blob_folder": str(settings.blob_folder),
+            "site_name": name,
+            "coordinator_public_key": self.services.key.public_key,
+        }
+        lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
+        lines.append('site_trainers = { constant = "benchmarks.constant:ConstantTrainer" }')
+        (folder / "site.toml").write_text("\n".join(lines))
+        with _worker("worker", folder / "site.toml", self.folder / f"{name}.log") as process:
+            yield process
 
     def log(self, name: str = "coordinator.log") -> str:
         """Return what a coordinator has logged."""
         return (self.folder / name).read_text()
+
+
+@contextmanager
+def _worker(app: str, config: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "celery", "-A", app, "worker", *options],
+            cwd=ROOT,
+            env={**clean_environment(), "FEDCHORD_CONFIG": str(config)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def read_model(services: Services, model: ModelInfo) -> dict[str, np.ndarray]:
@@ -316,4 +342,4 @@ def federation(folder: Path, *names: str, broker_url: str | None = None, **setti
 
 
 def _toml(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    return json.dumps(value)  # for text, numbers and booleans that is TOML, too

@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 
 TRAINER = """\
+import time
+
 import numpy as np
 
 from worker.trainer import Evaluation, Fit, Trainer
@@ -23,6 +25,7 @@ class Counting(Trainer):
         return {"count": np.zeros(3, np.float32)}
 
     def fit(self, tensors, step):
+        time.sleep(0.05)  # training takes its time
         return Fit(tensors={"count": tensors["count"] + 1}, num_examples=1)
 
     def evaluate(self, tensors, step):

@@ -90,8 +90,6 @@ def cli(ctx: click.Context, config: Path | None, debug: bool) -> None:
     A coordinator sends the parts of each round to its sites' queues; the sites train on data that never leaves them.
     """
     ctx.obj = config
-    if debug:
-        os.environ["FEDCHORD_LOG_LEVEL"] = "DEBUG"
     set_up_logs("DEBUG" if debug else "WARNING", "text")
 
 

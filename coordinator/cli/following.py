@@ -63,11 +63,12 @@ class _LinePrinter:
 
 def _poll(services: Services, job_id: str, show: Callable[[JobProgress], None]) -> JobProgress:
     while True:
+        asked = time.monotonic()
         progress = job_progress(services, job_id)
         show(progress)
         if progress.job.state not in LIVE:
             return progress
-        time.sleep(_POLL_SECONDS)
+        time.sleep(max(_POLL_SECONDS, 3 * (time.monotonic() - asked)))  # of a long job there is much to read
 
 
 def _heartbeats(services: Services, progress: JobProgress) -> dict[str, Heartbeat]:

@@ -1,6 +1,8 @@
 """The commands `models` and `download`."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -120,9 +122,12 @@ def _show(services: Services, model_id: str, *, as_json: bool) -> None:
     for name, value in _document(model).items():
         if value not in (None, "", [], {}):
             click.echo(f"{name:<18} {metrics_text(value) if isinstance(value, dict) else value}")
-    click.echo()
-    for depth, each in origin.walk():
-        click.echo(f"{'  ' * depth}{_title(each)}")
+    rows = [
+        (each["model_id"][:8], each["kind"] or "(deleted)", each["round"], each["site"], _short(each["parents"]))
+        for each in _lineage_document(origin)
+    ]
+    click.echo("\nIt comes of:")
+    console().print(table(["MODEL", "KIND", "ROUND", "SITE", "MADE FROM"], rows, empty=""))
 
 
 def _find(services: Services, model_id: str) -> ModelInfo:
@@ -150,32 +155,23 @@ def _document(model: ModelInfo) -> dict[str, object]:
     return {**document(model), "model_state": model.model_state.name}
 
 
-def _lineage_document(origin: Lineage) -> dict[str, object]:
-    """Return the lineage as a flat list of edges: deep nesting is more than JSON readers take."""
-    return {
-        "models": [
-            {
-                "model_id": each.model_id,
-                "depth": depth,
-                "kind": each.model.model_kind if each.model else None,
-                "site": each.model.site if each.model else None,
-                "round": each.model.round if each.model else None,
-                "parents": [parent.model_id for parent in each.parents],
-            }
-            for depth, each in origin.walk()
-            if each.followed or each.model is None
-        ]
-    }
+def _lineage_document(origin: Lineage) -> list[dict[str, Any]]:
+    """Return every model of the lineage once, with its parents' ids: nested, it would be deeper than readers take."""
+    return [
+        {
+            "model_id": each.model_id,
+            "kind": each.model.model_kind if each.model else None,
+            "round": each.model.round if each.model else None,
+            "site": each.model.site if each.model else None,
+            "parents": [parent.model_id for parent in each.parents],
+        }
+        for _, each in origin.walk()
+        if each.followed
+    ]
 
 
-def _title(each: Lineage) -> str:
-    if each.model is None:
-        return f"{each.model_id[:8]}  (deleted)"
-    model = each.model
-    more = "" if each.followed else "  (shown elsewhere)"
-    return (
-        f"{model.model_id[:8]}  {model.model_kind} round {model.round}{f' of {model.site}' if model.site else ''}{more}"
-    )
+def _short(model_ids: Sequence[str]) -> str:
+    return " ".join(model_id[:8] for model_id in model_ids) or "-"
 
 
 def _row(model: ModelInfo) -> tuple[object, ...]:

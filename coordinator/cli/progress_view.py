@@ -9,6 +9,7 @@ from rich.text import Text
 
 from common.heartbeats import Heartbeat
 from coordinator.cli.output import metrics_text
+from coordinator.jobs import LIVE
 from coordinator.progress import JobProgress
 from coordinator.rounds import Part, PartState, Round, RoundKind, RoundState
 
@@ -86,12 +87,13 @@ def _facts(progress: JobProgress) -> list[RenderableType]:
 def _sites(progress: JobProgress, heartbeats: Mapping[str, Heartbeat]) -> RenderableType:
     round_ = progress.newest
     made = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("SITE", round_.title.removeprefix("the ").upper() if round_ else "PART", "NOW"):
+    is_live = progress.job.state in LIVE
+    for column in ("SITE", round_.title.removeprefix("the ").upper() if round_ else "PART", "NOW" if is_live else ""):
         made.add_column(column, no_wrap=True)
     parts = {part.site: part for part in progress.parts}
     sites = sorted({*progress.job.sites, *parts}, key=lambda site: (len(site), site))
     for site in sites[:_MOST_SITES]:
-        made.add_row(site, _part(parts.get(site)), _activity(heartbeats.get(site)))
+        made.add_row(site, _part(parts.get(site)), _activity(heartbeats.get(site)) if is_live else "")
     if len(sites) > _MOST_SITES:
         made.add_row(f"and {len(sites) - _MOST_SITES} more", "", "")
     return made

@@ -147,15 +147,18 @@ def _ended_by_sigterm() -> Iterator[None]:
 def _scratch() -> Iterator[Path]:
     """Lend a temporary folder; after an error it stays, for its logs tell more."""
     folder = Path(tempfile.mkdtemp(prefix="fedchord-demo-"))
+    logs = folder / "stack" / "logs"
+    keep = False
     try:
         yield folder
     except FedChordError:
-        logger.warning("The logs are kept in %s.", folder / "stack" / "logs", extra={"action": "keep_demo"})
+        keep = logs.exists()
         raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder)
+    finally:
+        if keep:
+            logger.warning("The logs are kept in %s.", logs, extra={"action": "keep_demo"})
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -58,27 +58,20 @@ def up(path: Path, wishes: Wishes) -> StackStatus:
     Raise Conflict if it runs already. If it cannot be started, everything that was started is stopped again.
     """
     folder = StackFolder(path)
-    with disk_errors(folder.path):
-        folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with folder.lock():
-            last = _last(folder)
-            if last is not None:
-                if Supervisor(folder, last).is_running():
-                    raise Conflict(f"The stack in {folder.path} is running already; `fedchord down` stops it.")
-                end_leftovers(last, grace_seconds=_GRACE_SECONDS)
-            stack = plan_stack(folder, last, wishes)
-            settings = configure(folder, stack)
-            supervisor = Supervisor(folder, stack)
-            try:
-                readiness = Readiness(folder, stack, supervisor, deadline_seconds=_READY_SECONDS)
-                supervisor.start()
-                readiness.wait_for_broker(settings)
-                supervisor.start_others()
-                readiness.wait_for_everybody(settings)
-            except BaseException:
-                with undisturbed():
-                    _stop(folder, stack)
-                raise
+    with disk_errors(folder.path), _made(folder), folder.lock():
+        last = _last(folder)
+        if last is not None:
+            if Supervisor(folder, last).is_running():
+                raise Conflict(f"The stack in {folder.path} is running already; `fedchord down` stops it.")
+            end_leftovers(last, grace_seconds=_GRACE_SECONDS)
+        stack = plan_stack(folder, last, wishes)
+        settings = configure(folder, stack)
+        try:
+            _start(folder, stack, settings)
+        except BaseException:
+            with undisturbed():
+                _stop(folder, stack)
+            raise
     return status(path)
 
 
@@ -129,11 +122,33 @@ def undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _made(folder: StackFolder) -> Iterator[None]:
+    """Make the folder if there is none, and take it away again if nothing comes of the stack."""
+    is_new = not folder.path.exists()
+    folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        yield
+    finally:
+        if is_new and not folder.record.exists():
+            shutil.rmtree(folder.path)
+
+
 def _last(folder: StackFolder) -> Stack | None:
     try:
         return folder.load()
     except NotFound:
         return None
+
+
+def _start(folder: StackFolder, stack: Stack, settings: Settings) -> None:
+    """Start the broker, then everybody else at once, and return when all of them answer."""
+    supervisor = Supervisor(folder, stack)
+    readiness = Readiness(folder, stack, supervisor, deadline_seconds=_READY_SECONDS)
+    supervisor.start()
+    readiness.wait_for_broker(settings)
+    supervisor.start_others()
+    readiness.wait_for_everybody(settings)
 
 
 def _stop(folder: StackFolder, stack: Stack) -> int:

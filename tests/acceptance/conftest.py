@@ -19,7 +19,7 @@ def workplace(tmp_path: Path) -> Iterator[Workplace]:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     """Lend a workplace with a stack that runs, the same to every test of the module."""
     place = Workplace(tmp_path_factory.mktemp("running"))
-    place.up()
+    place.up("--flower")
     yield place
     place.run("down")
     assert place.processes() == []

@@ -35,7 +35,9 @@ def test_the_file_can_be_named_by_a_variable(tmp_path: Path, monkeypatch: pytest
 
 
 def test_relative_paths_in_the_file_are_relative_to_the_file(tmp_path: Path) -> None:
-    assert Settings.load(write(tmp_path / "x.toml", 'blob_folder = "blobs"')).blob_folder == tmp_path / "blobs"
+    settings = Settings.load(write(tmp_path / "x.toml", 'blob_folder = "elsewhere"'))
+    assert settings.blob_folder == tmp_path / "elsewhere"
+    assert settings.signing_key_file == tmp_path / "signing.key"  # a default
 
 
 @pytest.mark.parametrize(
