@@ -20,7 +20,8 @@ from benchmarks.report import median, report
 from coordinator.aggregation import BLOCK_ELEMENTS, aggregate, default_threads
 from coordinator.strategies.fedavg import FedAvg
 from store.folder import FolderStore
-from store.weights import WeightsReader, WeightsWriter, store_weights
+from store.pieces import WeightsReader, WeightsWriter
+from store.weights import store_weights
 
 _TENSORS = 8  # of equal size, as a model's large layers are
 _SHARD_BYTES = 256 * 2**20

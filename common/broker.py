@@ -73,7 +73,7 @@ def make_coordinator_app(settings: Settings) -> Celery:
     app.conf.update(
         result_backend=settings.broker_url.get_secret_value(),  # holds the chords' counters, nothing else
         result_expires=7 * 24 * 3600,
-        worker_pool="threads",  # handlers wait for the store and the database, numpy and sha256 release the lock
+        worker_pool="threads",  # handlers wait for the store and the database, numpy and hashing release the lock
         worker_concurrency=settings.coordinator_threads,
         include=["coordinator.tasks"],
     )

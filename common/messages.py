@@ -32,7 +32,7 @@ class _Data(BaseModel):
 class Shard(_Data):
     """One file of a model or an update."""
 
-    digest: str = _DIGEST  # sha256
+    digest: str = _DIGEST  # BLAKE3, hexadecimal
     size: int = Field(ge=0)  # bytes
 
 

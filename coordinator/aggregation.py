@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from coordinator.strategies.base import Block, Strategy
 from store.tensors import TensorSpec, numpy_dtype
 
-BLOCK_ELEMENTS = 64 * 1024  # 256 kB of float32: block, sum and product stay in a core's second-level cache
+BLOCK_ELEMENTS = 256 * 1024  # 1 MB of float32: block and sum stay in a core's second-level cache
 _MOST_THREADS = 4  # more only wait for memory
 
 

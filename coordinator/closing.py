@@ -30,8 +30,9 @@ from coordinator.services import Services
 from store.database import reading, writing
 from store.index import Weights
 from store.models import ModelInfo, ModelState, add_model, get_models, set_metrics
+from store.pieces import WeightsReader, WeightsWriter
 from store.tables import utc_now
-from store.weights import WeightsReader, WeightsWriter, load_index
+from store.weights import load_index
 
 logger = logging.getLogger(__name__)
 

@@ -29,9 +29,10 @@ from store.database import reading, writing
 from store.index import Weights
 from store.models import ModelInfo, ModelState, add_model, get_model, new_model_id
 from store.parties import get_site
+from store.pieces import WeightsReader
 from store.tables import utc_now
 from store.tensors import TensorSpec, numpy_dtype
-from store.weights import WeightsReader, load_index, register_shards
+from store.weights import load_index, register_shards
 
 logger = logging.getLogger(__name__)
 

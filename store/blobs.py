@@ -5,7 +5,6 @@ reads and writes single blobs without a credential of the store.
 """
 
 import errno
-import hashlib
 import os
 import re
 import secrets
@@ -16,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
+
+from blake3 import blake3
 
 from common.errors import DiskFull, FedChordError, InvalidInput, NotFound, StoreUnavailable
 
@@ -33,7 +34,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class Blob:
     """Name some bytes; a Blob that exists is well formed, whoever sent it."""
 
-    digest: str  # sha256 of the bytes, 64 hexadecimal characters
+    digest: str  # BLAKE3 of the bytes, 64 hexadecimal characters
     size: int  # bytes
 
     def __post_init__(self) -> None:
@@ -94,10 +95,10 @@ class BlobStore(Protocol):
 
 
 def check_digest(digest: str) -> str:
-    """Return the digest; raise InvalidInput unless it is a sha256 in lower-case hexadecimal."""
+    """Return the digest; raise InvalidInput unless it is 64 characters of lower-case hexadecimal."""
     if not _DIGEST.fullmatch(digest):
         raise InvalidInput(
-            f"Digest {digest[:80]!r} is not valid: use the 64 lower-case hexadecimal characters of a sha256."
+            f"Digest {digest[:80]!r} is not valid: use the 64 lower-case hexadecimal characters of a BLAKE3 hash."
         )
     return digest
 
@@ -112,6 +113,22 @@ def check_slot(slot: str) -> str:
     return slot
 
 
+def new_hasher() -> blake3:
+    """Return what digests are made with: BLAKE3, since hashing, not averaging, is what bounds a round.
+
+    It is three to four times as fast as SHA-256 with the processor's own instructions, and `b3sum` checks a file.
+    Source: O'Connor, Aumasson, Neves, Wilcox-O'Hearn, BLAKE3: one function, fast everywhere.
+    """
+    return blake3()
+
+
+def hash_bytes(data: bytes) -> Blob:
+    """Return the blob of some bytes."""
+    hasher = new_hasher()
+    hasher.update(data)
+    return Blob(digest=hasher.hexdigest(), size=len(data))
+
+
 def hash_file(path: Path) -> Blob:
     """Return the file's blob."""
     with path.open("rb", buffering=0) as file:
@@ -120,7 +137,7 @@ def hash_file(path: Path) -> Blob:
 
 def hash_open(file: BinaryIO) -> Blob:
     """Return the blob of what is left to read of an open file."""
-    hasher, size = hashlib.sha256(), 0
+    hasher, size = new_hasher(), 0
     buffer = memoryview(bytearray(BLOCK_BYTES))
     while count := file.readinto(buffer):  # type: ignore[attr-defined]  # typeshed: raw files have it, BinaryIO does not say
         hasher.update(buffer[:count])
@@ -130,7 +147,7 @@ def hash_open(file: BinaryIO) -> Blob:
 
 def copy_hashed(source: BinaryIO, target: BinaryIO) -> Blob:
     """Copy what is left to read of one unbuffered file to another; return its blob."""
-    hasher, size = hashlib.sha256(), 0
+    hasher, size = new_hasher(), 0
     while block := source.read(BLOCK_BYTES):
         hasher.update(block)
         write_all(target, block)

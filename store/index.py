@@ -4,7 +4,6 @@ The index is JSON, with the keys of Hugging Face's `model.safetensors.index.json
 one canonical way, so that equal weights have equal digests. **The digest of a model is the digest of its index.**
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from common.errors import InvalidTensors
-from store.blobs import Blob
+from store.blobs import Blob, hash_bytes
 from store.tensors import Schema, TensorSpec, numpy_dtype
 
 INDEX_FILE = "model.safetensors.index.json"  # as Hugging Face names it
@@ -102,7 +101,7 @@ def _weights(schema: Schema, shard_of: Mapping[str, int], shards: Sequence[Blob]
         schema=dict(sorted(schema.items())),
         shard_of=dict(sorted(shard_of.items())),
         shards=tuple(shards),
-        index=Blob(digest=hashlib.sha256(data).hexdigest(), size=len(data)),
+        index=hash_bytes(data),
     )
 
 

@@ -39,7 +39,7 @@ class ModelInfo:
     model_description: str = ""
     model_meta: Mapping[str, Any] = field(default_factory=dict)  # whatever its maker wants to keep with it, as JSON
     model_state: ModelState = ModelState.CREATED
-    model_hash: str  # sha256 of the tensors' index, or of the bytes of an opaque file; hexadecimal
+    model_hash: str  # digest of the tensors' index, or of the bytes of an opaque file
     model_size: int  # bytes of all shards
     round: int = 0  # of the job, 0 for a model that no round made
     hop_count: int = 0  # coordinators between its maker and this one

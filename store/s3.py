@@ -8,7 +8,6 @@ nothing is read that was not hashed on the way here: what `accept` verified is w
 left the cache is verified again when it is fetched.
 """
 
-import hashlib
 import io
 import logging
 import secrets
@@ -35,6 +34,7 @@ from store.blobs import (
     damaged,
     disk_errors,
     hash_file,
+    new_hasher,
     write_all,
 )
 from store.cache import BlobCache
@@ -214,7 +214,7 @@ class S3Store:
             length = int(response.headers.get("Content-Length", blob.size))
             if length != blob.size:
                 return f"{length} bytes", ""
-            hasher = hashlib.sha256()
+            hasher = new_hasher()
             with path.open("xb", buffering=0) as file:
                 for block in response.stream(BLOCK_BYTES):
                     hasher.update(block)

@@ -5,7 +5,6 @@ updates come from other people's machines: everything in a header is checked bef
 writing and hashing go in bounded pieces.
 """
 
-import hashlib
 import json
 import math
 import mmap
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import InvalidTensors
-from store.blobs import BLOCK_BYTES, Blob, disk_errors, write_all
+from store.blobs import BLOCK_BYTES, Blob, disk_errors, new_hasher, write_all
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_NAME_CHARACTERS = 1024
@@ -283,7 +282,8 @@ def write_shard(
     Equal tensors give equal bytes. Arrays of any layout and byte order are written as they are, a block at a time.
     """
     first, locations = lay_out(schema_of(tensors), metadata)
-    hasher = hashlib.sha256(first)
+    hasher = new_hasher()
+    hasher.update(first)
     size = len(first)
     with disk_errors(path.parent), path.open("xb", buffering=0) as file:
         try:

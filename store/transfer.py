@@ -5,7 +5,6 @@ folder, redirects are not followed, and what arrives is what was promised, or an
 """
 
 import errno
-import hashlib
 import logging
 import os
 import random
@@ -22,7 +21,17 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 from common.errors import InvalidInput, NotFound, StoreUnavailable
-from store.blobs import BLOCK_BYTES, Blob, copy_hashed, disk_errors, hash_file, hash_open, open_plain, write_all
+from store.blobs import (
+    BLOCK_BYTES,
+    Blob,
+    copy_hashed,
+    disk_errors,
+    hash_file,
+    hash_open,
+    new_hasher,
+    open_plain,
+    write_all,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +204,7 @@ class _Download:
 
     def _restart(self) -> None:
         self.progress = 0
-        self._hasher = hashlib.sha256()
+        self._hasher = new_hasher()
         self._file.seek(0)
         self._file.truncate()
 

@@ -19,8 +19,9 @@ from coordinator.cli.output import (
 from coordinator.jobs import get_job
 from coordinator.services import Services
 from store.database import reading
+from store.export import export_single, export_weights
 from store.models import Lineage, ModelInfo, find_models, get_model, latest_model, lineage
-from store.weights import export_single, export_weights, load_index
+from store.weights import load_index
 
 _MEGABYTE = 10**6
 

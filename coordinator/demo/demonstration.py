@@ -26,8 +26,9 @@ from coordinator.stack import lifecycle
 from coordinator.stack.wishes import Wishes
 from coordinator.submitting import submit
 from store.database import reading
+from store.export import export_single
 from store.models import find_models
-from store.weights import export_single, load_index
+from store.weights import load_index
 
 logger = logging.getLogger(__name__)
 

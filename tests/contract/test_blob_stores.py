@@ -5,7 +5,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import minio
 import numpy as np
 import pytest
 import urllib3
+from blake3 import blake3
 
 from common.errors import InvalidInput, NotFound, StoreUnavailable, UpdateRejected
 from store.blobs import Blob, BlobStore
@@ -55,7 +55,7 @@ def transfer(tmp_path: Path) -> Iterator[Transfer]:
 
 
 def blob_of(data: bytes) -> Blob:
-    return Blob(digest=sha256(data).hexdigest(), size=len(data))
+    return Blob(digest=blake3(data).hexdigest(), size=len(data))
 
 
 def new_file(folder: Path, data: bytes) -> Path:
@@ -131,7 +131,7 @@ def test_a_blob_is_found_by_its_digest(blob_store: BlobStore) -> None:
 @pytest.mark.parametrize("digest", ["", "abc", "../" * 20 + "etcd", "A" * 64, "0" * 63 + "\n"])
 def test_a_digest_that_is_none_is_refused(blob_store: BlobStore, digest: str) -> None:
     for use in (blob_store.find, blob_store.delete):
-        with pytest.raises(InvalidInput, match="sha256"):
+        with pytest.raises(InvalidInput, match="BLAKE3"):
             use(digest)
 
 
@@ -257,7 +257,7 @@ def test_nothing_written_is_rejected(blob_store: BlobStore) -> None:
             blob_store.accept(slot, blob_of(b"promised"))
 
 
-@pytest.mark.parametrize(("written", "fault"), [(b"12345", "5 bytes"), (b"promiseD", sha256(b"promiseD").hexdigest())])
+@pytest.mark.parametrize(("written", "fault"), [(b"12345", "5 bytes"), (b"promiseD", blake3(b"promiseD").hexdigest())])
 def test_other_bytes_than_announced_are_rejected(
     blob_store: BlobStore, transfer: Transfer, tmp_path: Path, written: bytes, fault: str
 ) -> None:

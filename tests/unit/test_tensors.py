@@ -4,7 +4,6 @@ import json
 import os
 import struct
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
@@ -174,7 +174,7 @@ def test_the_file_is_as_the_format_says(tmp_path: Path) -> None:
     header += b" " * (-len(header) % 8)
     expected = struct.pack("<Q", len(header)) + header + b"\x03\x00\x01\x02"
     assert (tmp_path / "file").read_bytes() == expected
-    assert blob == Blob(digest=sha256(expected).hexdigest(), size=len(expected))
+    assert blob == Blob(digest=blake3(expected).hexdigest(), size=len(expected))
 
 
 def test_a_large_array_that_is_not_contiguous_is_written_in_blocks(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from common.errors import InvalidInput, NotFound, StoreUnavailable
 from store.blobs import BLOCK_BYTES, Blob
@@ -18,7 +18,7 @@ from store.transfer import Transfer
 from tests.servers import free_ports
 
 DATA = os.urandom(3 * BLOCK_BYTES + 77)
-BLOB = Blob(digest=sha256(DATA).hexdigest(), size=len(DATA))
+BLOB = Blob(digest=blake3(DATA).hexdigest(), size=len(DATA))
 
 
 @dataclass
@@ -147,7 +147,7 @@ def test_a_server_that_falls_silent_is_asked_again(script: Script, transfer: Tra
 
 def test_progress_makes_attempts_new(script: Script, transfer: Transfer, tmp_path: Path) -> None:
     long = DATA * 3
-    blob = Blob(digest=sha256(long).hexdigest(), size=len(long))
+    blob = Blob(digest=blake3(long).hexdigest(), size=len(long))
     cuts = [position * (BLOCK_BYTES + 1) for position in range(1, 7)]  # more than the three attempts
     script.answers = [*[send(long, cut_at=position) for position in cuts], send(long)]
     assert transfer.fetch(script.url, blob, tmp_path).read_bytes() == long
@@ -170,7 +170,7 @@ def test_other_bytes_than_promised_are_an_error_and_no_file(
 
 def test_an_empty_blob_is_fetched(script: Script, transfer: Transfer, tmp_path: Path) -> None:
     script.answers = [send(b"")]
-    assert transfer.fetch(script.url, Blob(digest=sha256().hexdigest(), size=0), tmp_path).read_bytes() == b""
+    assert transfer.fetch(script.url, Blob(digest=blake3().hexdigest(), size=0), tmp_path).read_bytes() == b""
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -14,18 +14,15 @@ from safetensors.numpy import load_file
 
 from common.errors import InvalidInput, InvalidTensors, NotFound
 from store.blobs import Blob
+from store.export import export_single, export_weights
 from store.folder import FolderStore
-from store.index import build_index, parse_index, shard_file
+from store.index import build_index, parse_index, plan_shards, shard_file
+from store.pieces import WeightsReader, WeightsWriter
 from store.tensors import Array, Schema, TensorSpec, schema_of, write_shard
 from store.weights import (
-    WeightsReader,
-    WeightsWriter,
-    export_single,
-    export_weights,
     inspect_shards,
     load_index,
     load_weights,
-    plan_shards,
     register_shards,
     store_weights,
     write_weights,

@@ -1,0 +1,1 @@
+"""The documentation, and what makes the reference pages out of the code."""

@@ -1,0 +1,55 @@
+"""What fields mean whose own line in the code does not say it."""
+
+JOB = {
+    "name": "The job's name, for people; its models are in the model store `ddc:<name>`.",
+    "trainer": "A name on the sites' own lists of trainers. A site that does not have it declines.",
+    "rounds": "How many training rounds.",
+    "sites": "Who takes part. Without it: every site that is enrolled and enabled at the time of submission.",
+    "min_sites": "The quorum: so many sites must have answered well for a round to count. Without it: more than half.",
+    "round_deadline_seconds": "How long a round waits for answers, in seconds; what is missing then is dropped.",
+    "seed": "What all random numbers are derived from; the same seed and data give the same model, to the bit.",
+    "test_every": "A test round follows after every so many training rounds and after the last; 0 for none.",
+    "swag": "After the last training round, collect the weights' first and second moments in one more round.",
+    "config": "The trainer's own keys. Each trainer refuses what it does not know.",
+    "strategy": "How updates become the new global model; see [strategies](strategies.md).",
+    "initial_model": "Where the first global model comes from. Empty: a site builds it from the seed.",
+}
+STRATEGY = {"name": "The strategy's name; its options are the table's other keys."}
+INITIAL_MODEL = {
+    "file": "A .safetensors file; relative to the job file.",
+    "model": "The id of a model that the coordinator has stored, for instance an earlier job's last one.",
+}
+MESSAGE = {
+    "config": "The job file's [config], with what the strategy adds.",
+    "deadline_at": "When the answer is due, as unix time in seconds.",
+    "digest": "sha256, hexadecimal; a model's is that of its index.",
+    "failed": "Whether the site tried and could not, rather than refused.",
+    "metrics": "Measured values by name; nothing where a value was not a finite number.",
+    "seconds": "How long the site worked, transfers included, in seconds.",
+    "seed": "The job's seed; a site derives its own for each round from it.",
+    "size": "Bytes.",
+    "trainer": "A name on the site's own list.",
+    "job_id": "The job.",
+    "job_name": "The job's name, for people.",
+    "model_id": "The model's id in `model_info`.",
+    "shards": "The shards, in the order of the index.",
+    "url": "A short-lived reference.",
+    "model": "The global model.",
+    "build_model": "Whether this site builds the job's first model.",
+    "shard_bytes": "How large a shard may be, in bytes.",
+    "state": "The state that the job ended in.",
+    "reason": "Why, in a sentence.",
+    "round": "The training round; 0 before the first.",
+    "num_examples": "How many examples the answer stands for: its weight.",
+    "attempt": "A fencing number: an answer to an earlier attempt does not count.",
+    "task_id": "The part's name, and its Celery task's id.",
+}
+TORCH = {
+    "batch_size": "Examples in a batch; a last batch of one example joins the one before.",
+    "learning_rate": "The optimizer's.",
+    "momentum": "Of `sgd`.",
+    "weight_decay": "The optimizer's.",
+    "optimizer": "It begins anew in every round.",
+    "proximal_mu": "FedProx's pull towards the global model; the strategy `fedprox` sets it.",
+    "device": "`auto` takes a graphics card if there is one; or `cpu`, `cuda:1`, …",
+}
