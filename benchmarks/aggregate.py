@@ -45,13 +45,15 @@ def _floor(arrays: list[NDArray[np.float32]], weight: float, threads: int) -> No
         list(pool.map(add, range(0, size, BLOCK_ELEMENTS)))
 
 
-def _seconds(work: Callable[[], object], runs: int) -> float:
-    times = []
+def _in_turn(first: Callable[[], object], second: Callable[[], object], runs: int) -> tuple[float, float]:
+    """Return the median seconds of each, run in turn, so that a change of the machine's speed meets both."""
+    times: tuple[list[float], list[float]] = ([], [])
     for _ in range(runs):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return median(times)
+        for work, seconds in zip((first, second), times, strict=True):
+            started = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - started)
+    return median(times[0]), median(times[1])
 
 
 @click.command()
@@ -73,6 +75,7 @@ def main(updates: int, megabytes: int, runs: int, as_json: bool) -> None:
             tensors = {f"t{number}": generator.random(elements, np.float32) for number in range(_TENSORS)}
             stored.append(store_weights(store, tensors, _SHARD_BYTES))
         del tensors
+        arrays = [generator.random(elements * _TENSORS, np.float32) for _ in range(updates)]
         before = psutil.Process().memory_info().rss
 
         def ours() -> None:
@@ -81,10 +84,9 @@ def main(updates: int, megabytes: int, runs: int, as_json: bool) -> None:
                 target = stack.enter_context(WeightsWriter(store, stored[0].schema, _SHARD_BYTES))
                 aggregate(FedAvg(), stored[0].schema, sources, [1] * updates, target)
 
-        seconds = _seconds(ours, runs)
+        ours()
         memory = (psutil.Process().memory_info().rss - before) / 1e6
-    arrays = [generator.random(elements * _TENSORS, np.float32) for _ in range(updates)]
-    floor_seconds = _seconds(lambda: _floor(arrays, 1 / updates, threads), runs)
+        seconds, floor_seconds = _in_turn(ours, lambda: _floor(arrays, 1 / updates, threads), runs)
     rates: dict[str, Any] = {
         "updates": updates,
         "megabytes": megabytes,

@@ -8,7 +8,7 @@ whose signature (Ed25519) covers everything before it, so that a message can nei
 somebody else. A new field needs a default; a field never changes its type; what this version does not know is ignored.
 """
 
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
@@ -140,7 +140,8 @@ class UpdateReady(Message):
     task_id: str = _IDENTIFIER
     attempt: int = Field(1, ge=1)
     num_examples: int
-    metrics: dict[str, FiniteFloat | None] = {}  # None: measured, but not a finite number
+    # None: measured, but not a finite number
+    metrics: dict[Annotated[str, Field(max_length=200)], FiniteFloat | None] = Field({}, max_length=1000)
     shards: tuple[Shard, ...] = ()
     seconds: FiniteFloat = 0.0  # the site's work, transfers included
 
@@ -207,6 +208,16 @@ class Envelope(BaseModel):
             return cls.model_validate(dict(zip(cls.model_fields, fields, strict=True)), strict=True)
         except ValidationError as error:
             raise InvalidMessage("The envelope's fields have wrong types.") from error
+
+    def claimed_task_id(self) -> str:
+        """Return the task id that the body names, to look the signer up by; raise InvalidMessage if it names none."""
+        try:
+            task_id = msgpack.unpackb(self.body)["task_id"]
+        except (ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException) as error:
+            raise InvalidMessage("The message does not say which task it is about.") from error
+        if not isinstance(task_id, str):
+            raise InvalidMessage("The message does not say which task it is about.")
+        return task_id
 
     def open(self, messages: dict[str, type[Message]], *, recipient: str, public_key: str) -> Message:
         """Return the message; raise InvalidMessage unless it is meant for the recipient and signed by the key."""

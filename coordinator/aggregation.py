@@ -75,7 +75,7 @@ def aggregate(
         target.write(piece.name, piece.start, _combine(strategy, piece, sources, weights))
 
     pieces = list(_pieces(schema))
-    if len(pieces) < 2 * threads or threads == 1:  # not worth a thread
+    if threads == 1 or sum(piece.stop - piece.start for piece in pieces) < 4 * BLOCK_ELEMENTS:  # not worth a thread
         for piece in pieces:
             combine(piece)
         return

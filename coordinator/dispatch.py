@@ -198,7 +198,13 @@ def _signature(services: Services, site: str, message: Message, task_id: str, ti
     return services.app.signature(
         SITE_TASKS[Kind(message.kind)],
         args=[envelope],
-        options={"task_id": task_id, "queue": site_queue(site), "argsrepr": title, "ignore_result": True},
+        options={
+            "task_id": task_id,
+            "queue": site_queue(site),
+            "argsrepr": title,
+            "ignore_result": True,
+            "declare": [],
+        },
     )
 
 
@@ -211,6 +217,7 @@ def _callback(services: Services, round_id: str) -> Signature[Any]:
             "queue": COORDINATOR_QUEUE,
             "argsrepr": round_id,
             "ignore_result": True,
+            "declare": [],  # a queue needs no declaration: its consumer makes it, and Redis keeps it meanwhile
         },
     )
 

@@ -7,13 +7,16 @@ fails is quarantined: kept, with its reason, and counted as the site's answer.
 
 import logging
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import BinaryIO
 
 import numpy as np
+from sqlalchemy import Engine
 
 from common.errors import InvalidMessage, InvalidTensors, NotFound, UpdateRejected
 from common.messages import ANSWERS, COORDINATOR, Envelope, PartDeclined, UpdateReady
 from coordinator.dispatch import complete_part
-from coordinator.jobs import Job, get_job
+from coordinator.jobs import Job
 from coordinator.rounds import (
     Part,
     PartState,
@@ -21,17 +24,15 @@ from coordinator.rounds import (
     RoundKind,
     RoundState,
     answer_part,
-    get_part,
+    get_asked,
 )
 from coordinator.services import Services
 from store.blobs import Blob
 from store.database import reading, writing
 from store.index import Weights
 from store.models import ModelInfo, ModelState, add_model, get_model, new_model_id
-from store.parties import get_site
-from store.pieces import WeightsReader
 from store.tables import utc_now
-from store.tensors import TensorSpec, numpy_dtype
+from store.tensors import TensorLocation, TensorSpec, numpy_dtype, read_into
 from store.weights import load_index, register_shards
 
 logger = logging.getLogger(__name__)
@@ -45,19 +46,16 @@ def receive_answer(services: Services, data: object) -> None:
     try:
         envelope = Envelope.read(data)
         with reading(services.engine) as connection:
-            site = get_site(connection, envelope.sender)
-        message = envelope.open(ANSWERS, recipient=COORDINATOR, public_key=site.public_key or "")
+            asked = get_asked(connection, envelope.claimed_task_id())
+        if asked.part.site != envelope.sender:
+            raise InvalidMessage(f"Site {envelope.sender[:100]!r} answers for {asked.part.site}.")
+        message = envelope.open(ANSWERS, recipient=COORDINATOR, public_key=asked.public_key)
         if not isinstance(message, UpdateReady | PartDeclined):
             raise InvalidMessage(f"{message.kind} is not an answer.")
-        with reading(services.engine) as connection:
-            round_, part = get_part(connection, message.task_id)
-            job = get_job(connection, part.job_id)
-        if part.site != envelope.sender:
-            raise InvalidMessage(f"Site {envelope.sender} answers for {part.site}.")
     except (InvalidMessage, NotFound) as error:
         logger.warning("An answer is set aside: %s", error, extra={"action": "refuse_answer"})
         return
-    _take(services, job, round_, part, message)
+    _take(services, asked.job, asked.round, asked.part, message)
 
 
 def _take(services: Services, job: Job, round_: Round, part: Part, message: UpdateReady | PartDeclined) -> None:
@@ -126,10 +124,9 @@ def _receive_update(services: Services, round_: Round, part: Part, message: Upda
         _check_size(shards, expected)
     for number, shard in enumerate(shards):
         services.blobs.accept(part.slot(number), shard)
-    weights = register_shards(services.blobs, shards)
+    weights = register_shards(services.blobs, shards, look=check_values)
     if expected is not None:
         check_schema(weights.schema, expected)
-    check_values(services, weights)
     return weights
 
 
@@ -137,10 +134,14 @@ def _expected_schema(services: Services, round_: Round) -> Mapping[str, TensorSp
     """Return what the update must look like; None for the first model, which nobody knows yet."""
     if round_.input_model_id is None:
         return None
-    with reading(services.engine) as connection:
-        model = get_model(connection, round_.input_model_id)
-    schema = load_index(services.blobs, model.model_hash).schema
+    schema = load_index(services.blobs, _model_digest(services.engine, round_.input_model_id)).schema
     return moments_schema(schema) if round_.kind is RoundKind.SWAG else schema
+
+
+@lru_cache(maxsize=64)  # a model never changes, and every update of a round is held against the same one
+def _model_digest(engine: Engine, model_id: str) -> str:
+    with reading(engine) as connection:
+        return get_model(connection, model_id).model_hash
 
 
 def moments_schema(schema: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -180,21 +181,21 @@ def check_schema(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorS
             raise UpdateRejected(f"Tensor {name!r} has dtype {found[name].dtype}; expected {spec.dtype}.")
 
 
-def check_values(services: Services, weights: Weights) -> None:
-    """Raise UpdateRejected, naming the first tensor, unless every floating value is finite."""
-    with WeightsReader(services.blobs, weights) as reader:
-        for name, spec in weights.schema.items():
-            dtype = numpy_dtype(spec.dtype)
-            if dtype.kind in "biu":
-                continue
-            buffer = np.empty(min(spec.num_elements, _CHECK_ELEMENTS), dtype)
-            for start in range(0, spec.num_elements, _CHECK_ELEMENTS):
-                block = buffer[: min(_CHECK_ELEMENTS, spec.num_elements - start)]
-                reader.read(name, start, block)
-                if not np.isfinite(block).all():
-                    first = start + int(np.flatnonzero(~np.isfinite(block))[0])
-                    value = "NaN" if np.isnan(block[first - start]) else "infinite"
-                    raise UpdateRejected(f"Tensor {name!r} is not finite: element {first} is {value}.")
+def check_values(file: BinaryIO, locations: Mapping[str, TensorLocation]) -> None:
+    """Raise UpdateRejected, naming the first tensor, unless every floating value in the shard's file is finite."""
+    for name, location in locations.items():
+        dtype = numpy_dtype(location.spec.dtype)
+        if dtype.kind in "biu":
+            continue
+        total = location.spec.num_elements
+        buffer = np.empty(min(total, _CHECK_ELEMENTS), dtype)
+        for start in range(0, total, _CHECK_ELEMENTS):
+            block = buffer[: min(_CHECK_ELEMENTS, total - start)]
+            read_into(file, location.begin + start * dtype.itemsize, block.view(np.uint8).data)
+            if not np.isfinite(block).all():
+                first = start + int(np.flatnonzero(~np.isfinite(block))[0])
+                value = "NaN" if np.isnan(block[first - start]) else "infinite"
+                raise UpdateRejected(f"Tensor {name!r} is not finite: element {first} is {value}.")
 
 
 def _describe(job: Job, round_: Round, part: Part, message: UpdateReady, weights: Weights) -> ModelInfo:

@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, select, update
 
 from common.errors import NotFound
 from coordinator.jobfile import JobSpec
@@ -89,15 +89,25 @@ def add_job(connection: Connection, job: Job) -> None:
     )
 
 
+_JOB = select(jobs).where(jobs.c.job_id == bindparam("job_id"))  # built once: that takes longer than to run it
+
+
 def get_job(connection: Connection, job_id: str) -> Job:
+    """Return the job; raise NotFound."""
+    row = connection.execute(_JOB, {"job_id": job_id}).mappings().first()
+    if row is None:
+        raise NotFound(f"There is no job {job_id!r}; `fedchord jobs` lists them.")
+    return job_of(row)
+
+
+def find_job(connection: Connection, beginning: str) -> Job:
     """Return the job whose id is, or begins with, the text; raise NotFound unless there is exactly one."""
-    rows = connection.execute(
-        select(jobs).where(jobs.c.job_id.startswith(job_id, autoescape=True)).limit(2)
-    ).mappings().all()  # fmt: skip
-    if len(rows) != 1 or not job_id:
+    query = select(jobs).where(jobs.c.job_id.startswith(beginning, autoescape=True)).limit(2)
+    rows = connection.execute(query).mappings().all()
+    if len(rows) != 1 or not beginning:
         trouble = "More than one job has an id that begins" if rows else "There is no job whose id begins"
-        raise NotFound(f"{trouble} with {job_id!r}; `fedchord jobs` lists them.")
-    return _job(rows[0])
+        raise NotFound(f"{trouble} with {beginning!r}; `fedchord jobs` lists them.")
+    return job_of(rows[0])
 
 
 def find_jobs(connection: Connection, *, states: tuple[JobState, ...] = (), limit: int | None = None) -> list[Job]:
@@ -105,7 +115,7 @@ def find_jobs(connection: Connection, *, states: tuple[JobState, ...] = (), limi
     query = select(jobs).order_by(jobs.c.created_at.desc()).limit(limit)
     if states:
         query = query.where(jobs.c.state.in_([state.value for state in states]))
-    return [_job(row) for row in connection.execute(query).mappings()]
+    return [job_of(row) for row in connection.execute(query).mappings()]
 
 
 def change_job(connection: Connection, job_id: str, *, expected: tuple[JobState, ...], **values: Any) -> bool:
@@ -123,18 +133,19 @@ def end_job(connection: Connection, job_id: str, state: JobState, reason: str = 
     return change_job(connection, job_id, expected=LIVE, state=state.value, reason=reason, finished_at=utc_now())
 
 
-def _job(row: RowMapping) -> Job:
+def job_of(row: RowMapping) -> Job:
+    """Return the job in a row that has the columns of its table."""
     return Job(
-        job_id=row["job_id"],
-        name=row["name"],
-        state=JobState(row["state"]),
-        spec=JobSpec.model_validate(row["spec"]),
-        reason=row["reason"],
-        current_round=row["current_round"],
-        model_id=row["model_id"],
-        sites=tuple(row["sites"]),
-        submitted_by=row["submitted_by"],
-        created_at=row["created_at"],
-        started_at=row["started_at"],
-        finished_at=row["finished_at"],
+        job_id=row[jobs.c.job_id],
+        name=row[jobs.c.name],
+        state=JobState(row[jobs.c.state]),
+        spec=JobSpec.model_validate(row[jobs.c.spec]),
+        reason=row[jobs.c.reason],
+        current_round=row[jobs.c.current_round],
+        model_id=row[jobs.c.model_id],
+        sites=tuple(row[jobs.c.sites]),
+        submitted_by=row[jobs.c.submitted_by],
+        created_at=row[jobs.c.created_at],
+        started_at=row[jobs.c.started_at],
+        finished_at=row[jobs.c.finished_at],
     )

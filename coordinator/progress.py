@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
-from coordinator.jobs import Job, get_job
+from coordinator.jobs import Job, find_job
 from coordinator.rounds import Part, Round, RoundKind, RoundState, find_parts, find_rounds
 from coordinator.services import Services
 from store.database import reading
@@ -50,7 +50,7 @@ class JobProgress:
 def job_progress(services: Services, job_id: str) -> JobProgress:
     """Return how far the job is; raise NotFound."""
     with reading(services.engine) as connection:
-        job = get_job(connection, job_id)
+        job = find_job(connection, job_id)
         return _progress(connection, job)
 
 

@@ -16,7 +16,8 @@ from sqlalchemy import Connection, RowMapping, and_, bindparam, exists, or_, sel
 
 from common.errors import NotFound
 from common.queues import Kind
-from store.tables import parts, rounds, utc_now
+from coordinator.jobs import Job, job_of
+from store.tables import jobs, parts, party_info, rounds, utc_now
 
 
 class RoundKind(StrEnum):
@@ -117,10 +118,22 @@ class Part:
         return f"{self.task_id}/{self.attempt}/{shard}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A part and all that it is part of."""
+
+    job: Job
+    round: Round
+    part: Part
+    public_key: str  # of the part's site
+
+
 # Built once: to build a statement takes longer than to run it.
-_PART = (
-    select(rounds, parts)
+_ASKED = (
+    select(jobs, rounds, parts, party_info.c.public_key)
+    .join(rounds, rounds.c.job_id == jobs.c.job_id)
     .join(parts, parts.c.round_id == rounds.c.round_id)
+    .join(party_info, party_info.c.site == parts.c.site)
     .where(parts.c.task_id == bindparam("task_id"))
 )
 _PARTS = select(parts).where(parts.c.round_id == bindparam("round_id")).order_by(parts.c.position)
@@ -193,12 +206,12 @@ def find_rounds(connection: Connection, job_id: str) -> list[Round]:
     return [_round(row) for row in connection.execute(query).mappings()]
 
 
-def get_part(connection: Connection, task_id: str) -> tuple[Round, Part]:
-    """Return the part with its round; raise NotFound."""
-    row = connection.execute(_PART, {"task_id": task_id}).mappings().first()
+def get_asked(connection: Connection, task_id: str) -> Asked:
+    """Return what a site was asked; raise NotFound if it was not, or is not enrolled any more."""
+    row = connection.execute(_ASKED, {"task_id": task_id}).mappings().first()
     if row is None:
-        raise NotFound(f"There is no part {task_id!r}.")
-    return _round(row), _part(row)
+        raise NotFound(f"No enrolled site was asked {task_id[:200]!r}.")
+    return Asked(job=job_of(row), round=_round(row), part=_part(row), public_key=row[party_info.c.public_key] or "")
 
 
 def find_parts(connection: Connection, round_id: str) -> list[Part]:
@@ -209,7 +222,8 @@ def find_parts(connection: Connection, round_id: str) -> list[Part]:
 def answer_part(connection: Connection, part: Part, state: PartState, **values: Any) -> bool:
     """Record the answer if none is and the round is still open; return whether this one counts."""
     known = {"of_task": part.task_id, "of_attempt": part.attempt}
-    row = {"reason": "", "num_examples": None, "metrics": {}, "shards": [], "model_id": None, **values}
+    row: dict[str, Any] = {"reason": "", "num_examples": None, "metrics": {}, "shards": [], "model_id": None, **values}
+    row["reason"] = row["reason"].replace("\x00", "")  # a site's words; PostgreSQL holds no NUL
     result = connection.execute(_ANSWER, {**known, **row, "state": state.value, "answered_at": utc_now()})
     return result.rowcount == 1
 

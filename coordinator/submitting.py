@@ -12,7 +12,7 @@ from common.heartbeats import read_heartbeats
 from common.queues import COORDINATOR_QUEUE, CoordinatorTask, cancel_key
 from coordinator.dispatch import send_notices
 from coordinator.jobfile import JobSpec
-from coordinator.jobs import Job, JobState, add_job, get_job, new_job
+from coordinator.jobs import Job, JobState, add_job, find_job, get_job, new_job
 from coordinator.planning import finish
 from coordinator.rounds import abort_rounds
 from coordinator.services import Services
@@ -58,7 +58,7 @@ def submit(services: Services, spec: JobSpec) -> Job:
 def abort(services: Services, job_id: str, reason: str) -> Job:
     """End the job now: its rounds are aborted, its sites stop working for it; raise Conflict if it has ended."""
     with reading(services.engine) as connection:
-        job = get_job(connection, job_id)
+        job = find_job(connection, job_id)
     members = job.spec.sites or job.sites
     with writing(services.engine) as connection:
         if not finish(connection, job, JobState.ABORTED, reason):

@@ -88,20 +88,18 @@ def parse_index(data: bytes) -> Weights:
             raise ValueError("it is not in the canonical form")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidTensors(f"The index of the model cannot be read ({error!r}); store the model again.") from error
-    return _weights(schema, shard_of, shards, data)
+    return describe_weights(schema, shard_of, shards, data)
 
 
-def describe_weights(schema: Schema, shard_of: Mapping[str, int], shards: Sequence[Blob]) -> Weights:
-    """Return the model of these shards, which hold what `shard_of` says."""
-    return _weights(schema, shard_of, shards, build_index(schema, shard_of, shards))
-
-
-def _weights(schema: Schema, shard_of: Mapping[str, int], shards: Sequence[Blob], data: bytes) -> Weights:
+def describe_weights(
+    schema: Schema, shard_of: Mapping[str, int], shards: Sequence[Blob], data: bytes | None = None
+) -> Weights:
+    """Return the model of these shards, which hold what `shard_of` says; `data` is its index if that is built."""
     return Weights(
         schema=dict(sorted(schema.items())),
         shard_of=dict(sorted(shard_of.items())),
         shards=tuple(shards),
-        index=hash_bytes(data),
+        index=hash_bytes(data if data is not None else build_index(schema, shard_of, shards)),
     )
 
 

@@ -1,17 +1,20 @@
 """Write, store and load a model's tensors as a whole."""
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import BinaryIO
 
 from common.errors import InvalidTensors
 from store.blobs import Blob, BlobStore, disk_errors
 from store.index import Weights, build_index, describe_weights, parse_index, plan_shards, shard_file
-from store.tensors import Array, Schema, TensorSpec, map_tensors, read_header, schema_of, write_shard
+from store.tensors import Array, Schema, TensorLocation, TensorSpec, map_tensors, read_header, schema_of, write_shard
 
 SHARD_METADATA = MappingProxyType({"format": "pt"})  # without it, Hugging Face's transformers refuse the file
+
+Look = Callable[[BinaryIO, Mapping[str, TensorLocation]], None]  # sees a shard's open file
 
 _MAX_INDEX_BYTES = 256 << 20  # an index is parsed in memory
 
@@ -44,23 +47,35 @@ def inspect_shards(store: BlobStore, shards: Sequence[Blob]) -> Weights:
 
     Raise InvalidTensors for a shard that is not safetensors, or a tensor that is there twice.
     """
+    schema, shard_of = _read_headers(store, shards, None)
+    return describe_weights(schema, shard_of, shards)
+
+
+def register_shards(store: BlobStore, shards: Sequence[Blob], *, look: Look | None = None) -> Weights:
+    """Make stored shards a model: let `look` see each open file with what is where in it, then store their index.
+
+    Raise what `inspect_shards` and `look` raise.
+    """
+    schema, shard_of = _read_headers(store, shards, look)
+    return keep_index(store, schema, shard_of, shards)
+
+
+def _read_headers(
+    store: BlobStore, shards: Sequence[Blob], look: Look | None
+) -> tuple[dict[str, TensorSpec], dict[str, int]]:
     schema: dict[str, TensorSpec] = {}
     shard_of: dict[str, int] = {}
     for position, shard in enumerate(shards):
         with store.open(shard) as file:
             locations = read_header(file, shard.size)
-        for name, location in locations.items():
-            if name in schema:
-                raise InvalidTensors(f"Tensor {name!r} is in two shards; write every tensor once.")
-            schema[name] = location.spec
-            shard_of[name] = position
-    return describe_weights(schema, shard_of, shards)
-
-
-def register_shards(store: BlobStore, shards: Sequence[Blob]) -> Weights:
-    """Make stored shards a model: inspect them and store their index."""
-    weights = inspect_shards(store, shards)
-    return keep_index(store, weights.schema, weights.shard_of, weights.shards)
+            for name, location in locations.items():
+                if name in schema:
+                    raise InvalidTensors(f"Tensor {name!r} is in two shards; write every tensor once.")
+                schema[name] = location.spec
+                shard_of[name] = position
+            if look is not None:
+                look(file, locations)
+    return schema, shard_of
 
 
 def load_index(store: BlobStore, index: Blob | str) -> Weights:
@@ -93,9 +108,10 @@ def _scratch_file(store: BlobStore) -> Iterator[Path]:
 
 def keep_index(store: BlobStore, schema: Schema, shard_of: Mapping[str, int], shards: Sequence[Blob]) -> Weights:
     """Store the index of stored shards that hold what `shard_of` says; return the model."""
-    weights = describe_weights(schema, shard_of, shards)
+    data = build_index(schema, shard_of, shards)
+    weights = describe_weights(schema, shard_of, shards, data)
     with _scratch_file(store) as path, disk_errors(path.parent):
-        path.write_bytes(build_index(schema, shard_of, shards))
+        path.write_bytes(data)
         store.put(path, blob=weights.index)
     return weights
 

@@ -97,6 +97,7 @@ def _send(answer: bytes) -> None:
         ANSWER_TASKS[kind],
         args=(answer,),
         queue=COORDINATOR_QUEUE,
+        declare=[],  # the coordinator makes its own queue, and Redis keeps it meanwhile
         argsrepr=f"({settings.site_name})",
         retry=True,
         retry_policy=_PUBLISHING,

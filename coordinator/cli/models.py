@@ -16,7 +16,7 @@ from coordinator.cli.output import (
     print_json,
     table,
 )
-from coordinator.jobs import get_job
+from coordinator.jobs import find_job
 from coordinator.services import Services
 from store.database import reading
 from store.export import export_single, export_weights
@@ -50,7 +50,7 @@ def models(
         _show(services, model_id, as_json=as_json)
         return
     with reading(services.engine) as connection:
-        job_id = get_job(connection, job_id).job_id if job_id is not None else None
+        job_id = find_job(connection, job_id).job_id if job_id is not None else None
         found = find_models(connection, job_id=job_id, kind=kind, limit=limit)
     if as_json:
         print_json([_document(model) for model in found])
@@ -145,7 +145,7 @@ def _find(services: Services, model_id: str) -> ModelInfo:
 
 def _newest(services: Services, job_id: str) -> ModelInfo:
     with reading(services.engine) as connection:
-        job = get_job(connection, job_id)
+        job = find_job(connection, job_id)
         found = latest_model(connection, job_id=job.job_id, kind="global")
     if found is None:
         raise NotFound(f"Job {job.name} ({job.job_id}) has no global model yet; `fedchord watch` it.")

@@ -107,7 +107,7 @@ def test_no_table_has_an_empty_meaning() -> None:
         assert not re.search(r"\|\s*\|\s*$", TEXTS[page], re.MULTILINE), page.name
 
 
-@pytest.mark.parametrize("name", Settings.model_fields)
+@pytest.mark.parametrize("name", list(Settings.model_fields))
 def test_setting_is_in_the_reference(name: str) -> None:
     assert f"| `{ENV_PREFIX}{name.upper()}` | `{name}` |" in reference("settings.md")
 
@@ -118,7 +118,7 @@ def test_error_is_in_the_reference(name: str) -> None:
     assert f"| `{name}` | {vars(errors)[name].exit_code} |" in reference("errors.md")
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", list(STRATEGIES))
 def test_strategy_is_in_the_reference_with_its_paper(name: str) -> None:
     section = reference("strategies.md").partition(f"## `{name}`")[2].partition("\n## ")[0]
     assert "https://arxiv.org/abs/" in section
@@ -129,7 +129,9 @@ def test_message_kind_is_in_the_reference(kind: str) -> None:
     assert f"### `{kind}`" in reference("messages.md")
 
 
-@pytest.mark.parametrize("context", contexts(Context(cli, info_name="fedchord")), ids=lambda each: each.command_path)
+@pytest.mark.parametrize(
+    "context", list(contexts(Context(cli, info_name="fedchord"))), ids=lambda each: each.command_path
+)
 def test_command_is_in_the_reference(context: Context) -> None:
     assert f"# {context.command_path}\n" in reference("cli.md")
 
