@@ -54,7 +54,7 @@ def field_table(rows: list[FieldRow]) -> str:
 
 
 def _sentence(words: str) -> str:
-    begun = words if words.startswith("sha256") else words[:1].upper() + words[1:]
+    begun = words if words.startswith("BLAKE3") else words[:1].upper() + words[1:]
     return begun if not begun or begun.endswith((".", "…")) else f"{begun}."
 
 

@@ -22,7 +22,7 @@ INITIAL_MODEL = {
 MESSAGE = {
     "config": "The job file's [config], with what the strategy adds.",
     "deadline_at": "When the answer is due, as unix time in seconds.",
-    "digest": "sha256, hexadecimal; a model's is that of its index.",
+    "digest": "BLAKE3, hexadecimal; a model's is that of its index.",
     "failed": "Whether the site tried and could not, rather than refused.",
     "metrics": "Measured values by name; nothing where a value was not a finite number.",
     "seconds": "How long the site worked, transfers included, in seconds.",
