@@ -64,6 +64,14 @@ class Channel(kombu_redis.Channel):
             self._shared_client = super()._create_client()  # type: ignore[misc]  # the stubs lack it
         return self._shared_client
 
+    def _get_pool(self, asynchronous: bool = False) -> redis.ConnectionPool:
+        # kombu closes a lost connection's channel after the connection, and then asks it to put messages back: an
+        # AttributeError, which ends the worker. A connection error is what it expects.
+        if self.connection is None or self.connection.client is None:
+            raise redis.ConnectionError("The connection to the broker is closed.")
+        pool: redis.ConnectionPool = super()._get_pool(asynchronous=asynchronous)  # type: ignore[misc]  # see above
+        return pool
+
     def _get_client(self) -> type[redis.Redis]:
         base: type[redis.Redis] = super()._get_client()  # type: ignore[misc]  # the stubs lack it
         channel = self

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty
@@ -308,10 +308,12 @@ def clean_environment() -> dict[str, str]:
 @contextmanager
 def federation(folder: Path, *names: str, broker_url: str | None = None, **settings: Any) -> Iterator[Federation]:
     """Open a federation with so many enrolled sites that are alive."""
-    with valkey() as server:
+    with ExitStack() as stack:
+        if broker_url is None:
+            broker_url = stack.enter_context(valkey()).url
         config = folder / "fedchord.toml"
         values = {
-            "broker_url": broker_url or server.url,
+            "broker_url": broker_url,
             "database_url": f"sqlite:///{folder / 'fedchord.db'}",
             "blob_folder": str(folder / "blobs"),
             "signing_key_file": str(folder / "signing.key"),
@@ -334,11 +336,9 @@ def federation(folder: Path, *names: str, broker_url: str | None = None, **setti
         try:
             yield Federation(folder=folder, services=services, sites=sites, config=config)
         finally:
-            services.engine.dispose()
-            services.broker.close()
             for site in sites.values():
                 site.app.close()
-            services.app.close()
+            services.close()
 
 
 def _toml(value: object) -> str:
