@@ -76,7 +76,8 @@ def fleet(num_sites: int) -> Iterator[Services]:
         path = Path(folder) / "stack"
         up(path, Wishes(num_sites=num_sites, trainers={"constant": "benchmarks.constant:ConstantTrainer"}))
         try:
-            yield open_services(Settings.load(path / "fedchord.toml"))
+            with open_services(Settings.load(path / "fedchord.toml")) as services:
+                yield services
         finally:
             down(path)
 
@@ -88,8 +89,10 @@ def run(services: Services, spec: JobSpec) -> Run:
         before = load.cpu_seconds()
         job_id = submit(services, spec).job_id
         end = time.monotonic() + _LONGEST_SECONDS
-        while (progress := job_progress(services, job_id)).job.state in LIVE and time.monotonic() < end:
+        progress = job_progress(services, job_id)
+        while progress.job.state in LIVE and time.monotonic() < end:
             time.sleep(0.1)  # seldom: what asks also takes time
+            progress = job_progress(services, job_id, since=progress)
         cpu = load.cpu_seconds() - before
     if progress.job.state != "completed":
         raise SystemExit(f"The job is {progress.job.state}: {progress.job.reason}")

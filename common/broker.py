@@ -18,6 +18,7 @@ from common.transport import use_transport
 logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 5.0  # a client that asks a broker which is not there gets its error after this long
+_ANSWER_SECONDS = 15.0  # and so does one whose broker has stopped to answer, as behind a network that is cut
 
 
 class QuietWorker(Worker):
@@ -96,7 +97,7 @@ def connect(settings: Settings) -> Redis:
     """Return a client of the broker; raise BrokerUnavailable when it does not answer."""
     url = settings.broker_url.get_secret_value()
     try:
-        client: Redis = Redis.from_url(url, socket_connect_timeout=_CONNECT_SECONDS)
+        client: Redis = Redis.from_url(url, socket_connect_timeout=_CONNECT_SECONDS, socket_timeout=_ANSWER_SECONDS)
         client.ping()
     except (RedisError, ValueError) as error:
         raise BrokerUnavailable(

@@ -15,6 +15,13 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
         self.converter = time.gmtime
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        """Return the sentence on one line: a site's words must neither look like other lines nor move the cursor."""
+        return "".join(
+            character if character.isprintable() else repr(character)[1:-1]
+            for character in super().formatMessage(record)
+        )
+
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         fields = " ".join(f"{name}={value}" for name, value in _fields(record).items())

@@ -19,6 +19,8 @@ from common.signing import SigningKey, verify
 
 VERSION = 1
 COORDINATOR = "coordinator"  # the sender or recipient that is not a site
+MAX_METRICS = 1000  # in an answer
+MAX_METRIC_CHARACTERS = 200  # of a metric's name
 MAX_MESSAGE_BYTES = 4 * 2**20  # a message of references is a few kB; more is refused unread
 
 _DIGEST = Field(pattern=r"^[0-9a-f]{64}$")
@@ -141,7 +143,9 @@ class UpdateReady(Message):
     attempt: int = Field(1, ge=1)
     num_examples: int
     # None: measured, but not a finite number
-    metrics: dict[Annotated[str, Field(max_length=200)], FiniteFloat | None] = Field({}, max_length=1000)
+    metrics: dict[Annotated[str, Field(max_length=MAX_METRIC_CHARACTERS)], FiniteFloat | None] = Field(
+        {}, max_length=MAX_METRICS
+    )
     shards: tuple[Shard, ...] = ()
     seconds: FiniteFloat = 0.0  # the site's work, transfers included
 
@@ -227,13 +231,13 @@ class Envelope(BaseModel):
             _signed([self.version, self.kind, self.sender, self.recipient, self.body]),
         )
         if self.recipient != recipient:
-            raise InvalidMessage(f"The message is meant for {self.recipient!r}, not for {recipient!r}.")
+            raise InvalidMessage(f"The message is meant for {self.recipient[:100]!r}, not for {recipient!r}.")
         if (message := messages.get(self.kind)) is None:
-            raise UnknownKind(f"The message kind {self.kind!r} is not known here; upgrade this installation.")
+            raise UnknownKind(f"The message kind {self.kind[:100]!r} is not known here; upgrade this installation.")
         try:
             return message.model_validate(msgpack.unpackb(self.body))
         except (ValueError, msgpack.UnpackException) as error:
-            raise InvalidMessage(f"The {self.kind} message is not valid: {_first(error)}.") from error
+            raise InvalidMessage(f"The {message.kind} message is not valid: {_first(error)}.") from error
 
 
 def _signed(head: list[object]) -> bytes:

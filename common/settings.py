@@ -62,7 +62,7 @@ class Settings(BaseSettings):
         24 * 3600,
         ge=1,
         le=7 * 24 * 3600,
-        description="How long a presigned reference stays valid past its round's deadline at the most, in seconds.",
+        description="The longest round deadline that a job may have, in seconds: so long its references can be used.",
     )
     shard_megabytes: int = Field(
         256, ge=1, le=4096, description="A model is stored in shards of at most this size, in MiB."
@@ -106,7 +106,7 @@ class Settings(BaseSettings):
     )
     transfer_attempts: int = Field(8, ge=1, description="How often a transfer is tried before the part fails.")
     visibility_timeout_seconds: int = Field(
-        6 * 3600,
+        8 * 24 * 3600,  # longer than any part takes; what a killed worker held is taken up earlier, at its next start
         ge=1,
         description="After how long the broker hands a message out again that nobody has acknowledged, in seconds.",
     )

@@ -33,7 +33,7 @@ class SigningKey:
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidSettings(
                 f"Cannot read the signing key {path}: {error}. Correct signing_key_file; "
-                "`fedchord up` makes a coordinator's key, `fedchord sites add` a site's."
+                "`fedchord up` and `fedchord keys new` make a coordinator's key, `fedchord sites add` a site's."
             ) from error
         return cls(Ed25519PrivateKey.from_private_bytes(_decode(text, f"The signing key {path}")))
 

@@ -1,7 +1,9 @@
 """Kombu's Redis transport, made to survive what is no message, and to make fewer clients.
 
-Whoever may write to a queue may write anything. An element that is not JSON raises inside kombu's event loop and ends
-the worker; here such an element is set aside in a list beside the queue, `<queue>.dead`, and the worker goes on.
+Whoever may write to a queue may write anything. An element that is not JSON, or a message whose headers are not what
+Celery writes, raises inside the worker's event loop and ends it, again at each start; a small compressed one may unpack
+to more than the memory holds. Here such an element is set aside in a list beside the queue, `<queue>.dead`, and the
+worker goes on.
 """
 
 import base64
@@ -10,6 +12,7 @@ import logging
 import time
 from typing import Any
 
+import msgpack
 import redis
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
@@ -18,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 MAX_DEAD = 1000  # elements kept for each queue, the newest
 MAX_DEAD_BYTES = 64 * 1024  # kept of each
+MAX_ELEMENT_BYTES = 16 * 2**20  # a message of 4 MiB is 5.6 MB as base64; what is larger is not parsed
+
+_TEXT_OR_NONE = ("root_id", "parent_id", "group", "eta", "expires", "argsrepr", "kwargsrepr", "origin", "shadow")
 
 
 def use_transport() -> None:
@@ -96,6 +102,8 @@ class Transport(kombu_redis.Transport):
 
 def _trouble(element: bytes) -> str:
     """Return why kombu could not make a message of the element; empty if it can."""
+    if len(element) > MAX_ELEMENT_BYTES:
+        return f"it has more than {MAX_ELEMENT_BYTES} bytes"
     try:
         message = json.loads(element)
         properties = message["properties"]
@@ -105,7 +113,44 @@ def _trouble(element: bytes) -> str:
             return "it does not say where it was sent to"
         if properties.get("body_encoding") != "base64":
             return "its body is not base64"
-        base64.b64decode(message["body"], validate=True)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        body = base64.b64decode(message["body"], validate=True)
+        if not isinstance(message["content-type"], str) or not isinstance(message["content-encoding"], str):
+            return "it does not say what its body is"
+        headers = message["headers"]
+        if headers.get("compression") is not None:
+            return "it is compressed, which no message of FedChord is"
+        if "task" not in headers:  # an answer to remote control
+            return ""
+        return _header_trouble(headers) or _body_trouble(message["content-type"], body)
+    except (ValueError, KeyError, TypeError, RecursionError, msgpack.UnpackException) as error:
         return f"{type(error).__name__}: {error}"[:500]
+
+
+def _header_trouble(headers: dict[str, Any]) -> str:
+    """Return which header Celery could not bear; empty if there is none."""
+    if not all(isinstance(headers.get(name), str) for name in ("task", "id")):
+        return "its task or its id is no text"
+    if wrong := [name for name in _TEXT_OR_NONE if not isinstance(headers.get(name), str | None)]:
+        return f"its header {wrong[0]} is no text"
+    if type(headers.get("retries", 0)) not in (int, type(None)):
+        return "its number of retries is no number"
+    if headers.get("stamped_headers"):
+        return "it is stamped, which no message of FedChord is"
+    limits = headers.get("timelimit")
+    if limits is not None and not (
+        isinstance(limits, list) and len(limits) == 2 and all(isinstance(limit, int | float | None) for limit in limits)
+    ):
+        return "its time limits are not two numbers"
+    return ""
+
+
+def _body_trouble(content_type: str, body: bytes) -> str:
+    """Return why a task's body is none, or asks the worker to send on what others wrote; empty if it is one."""
+    if content_type != "application/x-msgpack":
+        return f"its body is {content_type[:80]}, not msgpack"
+    fields = msgpack.unpackb(body)
+    if not isinstance(fields, list) or [type(field) for field in fields] != [list, dict, dict]:
+        return "its body is not the three parts of a task"
+    if any(fields[2].get(name) for name in ("callbacks", "errbacks", "chain")):
+        return "it asks for other tasks to be sent, which no message of FedChord does"
     return ""

@@ -4,6 +4,7 @@ The updates are read in one fixed order and each element is computed from its ow
 same to the bit however the work is cut into blocks and spread over threads.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -134,5 +135,7 @@ def weighted_metrics(metrics: Sequence[Mapping[str, float | None]], num_examples
             if (value := site.get(name)) is not None
         ]
         if total := sum(count for _, count in known):
-            means[name] = sum(value * count for value, count in known) / total
+            mean = sum(value * count for value, count in known) / total
+            if math.isfinite(mean):  # one site's absurd value may overflow, and neither JSON nor anybody can use that
+                means[name] = mean
     return means

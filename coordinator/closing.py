@@ -1,6 +1,7 @@
 """The chord's callback: put a round's answers together, record what came of it, plan and send the next round."""
 
 import logging
+import resource
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from common.heartbeats import read_heartbeats
 from common.queues import Kind
 from coordinator.aggregation import aggregate, weighted_metrics
 from coordinator.dispatch import publish_round, send_notices
-from coordinator.jobs import LIVE, Job, JobState, change_job, get_job
+from coordinator.jobs import LIVE, Job, JobState, change_job, get_job, lock_job
 from coordinator.lease import held_round
 from coordinator.outbox import add_notices
 from coordinator.planning import Step, finish, plan_next
@@ -95,6 +96,7 @@ def _settle(services: Services, owner: str, job: Job, round_: Round, parts: Sequ
         "aggregating": time.monotonic() - started,
     }
     with writing(services.engine) as connection:
+        lock_job(connection, job.job_id)
         closed = close_round(
             connection,
             round_.round_id,
@@ -121,7 +123,7 @@ def _settle(services: Services, owner: str, job: Job, round_: Round, parts: Sequ
         job.name,
         len(accepted),
         len(parts),
-        extra={"action": "close_round", "job": job.job_id, "round": round_.round_id, **metrics},
+        extra={"action": "close_round", "job": job.job_id, "round": round_.round_id, "metrics": metrics},
     )
     return following
 
@@ -165,11 +167,20 @@ def _aggregate(services: Services, job: Job, updates: Sequence[ModelInfo]) -> We
     weights = [load_index(services.blobs, update.model_hash) for update in updates]
     schema = weights[0].schema
     examples = [update.num_examples or 0 for update in updates]
+    _allow_open_files(2 * len(weights) + 256)  # each update's shard, and the next one while threads are between the two
     with ExitStack() as stack:
         sources = [stack.enter_context(WeightsReader(services.blobs, each)) for each in weights]
         target = stack.enter_context(WeightsWriter(services.blobs, schema, services.settings.shard_bytes))
         aggregate(job.spec.strategy.make(), schema, sources, examples, target)
         return target.finish()
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's own limit of open files if it is lower and the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count and soft != resource.RLIM_INFINITY:
+        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _remove_unwilling(connection: Connection, job: Job, round_: Round, parts: Sequence[Part]) -> None:
@@ -187,8 +198,10 @@ def _remove_unwilling(connection: Connection, job: Job, round_: Round, parts: Se
 
 def _fail(services: Services, owner: str, job: Job, round_: Round, reason: str) -> None:
     with writing(services.engine) as connection:
-        if close_round(connection, round_.round_id, owner, RoundState.FAILED, reason=reason):
-            finish(connection, job, JobState.FAILED, reason)
+        lock_job(connection, job.job_id)
+        if not close_round(connection, round_.round_id, owner, RoundState.FAILED, reason=reason):
+            return
+        finish(connection, job, JobState.FAILED, reason)
     logger.error(
         "Job %s failed: %s", job.name, reason, extra={"action": "fail_job", "job": job.job_id, "round": round_.round_id}
     )

@@ -4,12 +4,15 @@ Everything that is sent is rebuilt from the records, so sending can be repeated 
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from celery import group
 from celery.app.task import Context
 from celery.canvas import Signature
 from kombu.exceptions import KombuError
+from redis.exceptions import RedisError
 
 from common.errors import BrokerUnavailable, NotFound
 from common.messages import (
@@ -34,6 +37,7 @@ from coordinator.rounds import (
     Round,
     RoundKind,
     RoundState,
+    builder,
     find_parts,
     get_round,
     mark_published,
@@ -45,7 +49,16 @@ from store.tables import utc_now
 
 logger = logging.getLogger(__name__)
 
-_SLACK_SECONDS = 600  # references outlive the deadline by this, for clocks that differ
+_SLACK_SECONDS = 600  # references, and a hung trainer's process, outlive the deadline by this, for clocks that differ
+
+
+@contextmanager
+def _sending(what: str) -> Iterator[None]:
+    """Turn what Celery and the broker's client raise into BrokerUnavailable."""
+    try:
+        yield
+    except (KombuError, RedisError) as error:
+        raise BrokerUnavailable(f"{what} cannot be sent: {error}; start the broker.") from error
 
 
 def publish_round(services: Services, round_id: str) -> None:
@@ -57,11 +70,13 @@ def publish_round(services: Services, round_id: str) -> None:
     if round_.state is not RoundState.OPEN:
         return
     header = group(list(signatures.values()), app=services.app)
-    try:  # a group with the option `chord` is what `chord()` sends; only so it takes a producer, and one write for all
-        with services.app.producer_or_acquire(None) as producer, producer.batch():
-            header.apply_async(task_id=round_id, chord=_callback(services, round_id), producer=producer)
-    except KombuError as error:
-        raise BrokerUnavailable(f"Round {round_id} cannot be sent: {error}; start the broker.") from error
+    # a group with the option `chord` is what `chord()` sends; only so it takes a producer, and one write for all
+    with (
+        _sending(f"Round {round_id}"),
+        services.app.producer_or_acquire(None) as producer,
+        producer.batch(),
+    ):
+        header.apply_async(task_id=round_id, chord=_callback(services, round_id), producer=producer)
     with writing(services.engine) as connection:
         mark_published(connection, round_id)
     logger.info(
@@ -80,7 +95,8 @@ def publish_again(services: Services, part: Part) -> None:
     """
     round_, signatures = _signatures(services, part.round_id, only=part.site)
     if round_.state is RoundState.OPEN:
-        signatures[part.site].apply_async()
+        with _sending(f"Part {part.task_id}"):
+            signatures[part.site].apply_async()
 
 
 def complete_part(services: Services, round_id: str, part: Part) -> None:
@@ -95,12 +111,14 @@ def complete_part(services: Services, round_id: str, part: Part) -> None:
         kwargs={},
         delivery_info={},
     )
-    services.app.backend.mark_as_done(part.task_id, part.position, request=request, store_result=False)
+    with _sending(f"The callback of round {round_id}"):
+        services.app.backend.mark_as_done(part.task_id, part.position, request=request, store_result=False)
 
 
 def call_back(services: Services, round_id: str) -> None:
     """Send the callback without the chord, for when its counters are lost."""
-    _callback(services, round_id).apply_async(args=([],))
+    with _sending(f"The callback of round {round_id}"):
+        _callback(services, round_id).apply_async(args=([],))
 
 
 def send_notices(services: Services, *, grace_seconds: float = 0) -> None:
@@ -110,7 +128,6 @@ def send_notices(services: Services, *, grace_seconds: float = 0) -> None:
     for notice in notices:
         with reading(services.engine) as connection:
             job = get_job(connection, notice.job_id)
-            model = get_model(connection, job.model_id) if job.model_id is not None else None
         message: Message
         if notice.kind is Kind.CLIENT_REMOVED:
             message = ClientRemoved(job_id=job.job_id, job_name=job.name, reason=notice.reason)
@@ -120,12 +137,12 @@ def send_notices(services: Services, *, grace_seconds: float = 0) -> None:
                 job_name=job.name,
                 state=job.state.value,
                 reason=notice.reason,
-                model=_reference(services, model, services.settings.reference_seconds) if model is not None else None,
+                model=_final_model(services, job),
             )
         title = f"{job.name}: {notice.kind.value.lower().replace('_', ' ')}"
-        _signature(
-            services, notice.site, message, f"{job.job_id}.{message.kind.lower()}.{notice.site}", title
-        ).apply_async()
+        task_id = f"{job.job_id}.{message.kind.lower()}.{notice.site}"
+        with _sending(f"Notice {task_id}"):
+            _signature(services, notice.site, message, task_id, title).apply_async()
         with writing(services.engine) as connection:
             mark_sent(connection, notice)
 
@@ -139,11 +156,11 @@ def _signatures(
         job = get_job(connection, round_.job_id)
         parts = find_parts(connection, round_id)
         model = get_model(connection, round_.input_model_id) if round_.input_model_id is not None else None
-    seconds = _reference_seconds(services, round_)
+    seconds = _reference_seconds(round_)
     reference = _reference(services, model, seconds) if model is not None else None
-    builder = parts[round_.number % len(parts)] if job.model_id is None else None  # another one at each new start
+    builds = builder(round_, parts)
     return round_, {
-        part.site: _part_signature(services, job, round_, part, reference, seconds, builds=part is builder)
+        part.site: _part_signature(services, job, round_, part, reference, seconds, builds=part.site == builds)
         for part in parts
         if only is None or part.site == only
     }
@@ -186,14 +203,17 @@ def _part_signature(
     elif round_.kind is RoundKind.TEST:
         message = ModelTestRound(**common, model=model)
     else:
-        # two moments in float32 for each tensor: at most four times the bytes (from 16 bits), and a shard's slack
-        total = 4 * sum(shard.size for shard in model.shards)
+        # two moments in float32 for each tensor: at most eight times the bytes (from 8 bits), and a shard's slack
+        total = 8 * sum(shard.size for shard in model.shards)
         message = SwagRoundStart(**common, **uploads(2 + 2 * total // services.settings.shard_bytes), model=model)
     assert message.kind is MESSAGE_KINDS[round_.kind]
-    return _signature(services, part.site, message, part.task_id, f"{job.name}: {round_.title} at {part.site}")
+    title = f"{job.name}: {round_.title} at {part.site}"
+    return _signature(services, part.site, message, part.task_id, title, time_limit=seconds)
 
 
-def _signature(services: Services, site: str, message: Message, task_id: str, title: str) -> Signature[Any]:
+def _signature(
+    services: Services, site: str, message: Message, task_id: str, title: str, **options: Any
+) -> Signature[Any]:
     envelope = Envelope.seal(message, sender=COORDINATOR, recipient=site, key=services.key)
     return services.app.signature(
         SITE_TASKS[Kind(message.kind)],
@@ -204,6 +224,7 @@ def _signature(services: Services, site: str, message: Message, task_id: str, ti
             "argsrepr": title,
             "ignore_result": True,
             "declare": [],
+            **options,
         },
     )
 
@@ -233,6 +254,19 @@ def _reference(services: Services, model: ModelInfo, seconds: int) -> ModelRefer
     )
 
 
-def _reference_seconds(services: Services, round_: Round) -> int:
-    left = (round_.deadline_at - utc_now()).total_seconds() + _SLACK_SECONDS
-    return int(min(max(left, 1), services.settings.reference_seconds))
+def _final_model(services: Services, job: Job) -> ModelReference | None:
+    """Return the model that the job leaves; None if there is none, or somebody has deleted it since."""
+    if job.model_id is None:
+        return None
+    try:
+        with reading(services.engine) as connection:
+            model = get_model(connection, job.model_id)
+        return _reference(services, model, services.settings.reference_seconds)
+    except NotFound as error:
+        logger.warning("The sites get no final model: %s", error, extra={"action": "send_notices", "job": job.job_id})
+        return None
+
+
+def _reference_seconds(round_: Round) -> int:
+    """Return how long a round's references are needed; `submit` refuses a deadline beyond `reference_seconds`."""
+    return int(max((round_.deadline_at - utc_now()).total_seconds(), 0)) + _SLACK_SECONDS

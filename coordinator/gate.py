@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from sqlalchemy import Engine
 
-from common.errors import InvalidMessage, InvalidTensors, NotFound, UpdateRejected
+from common.errors import InvalidInput, InvalidMessage, InvalidTensors, NotFound, Unavailable, UpdateRejected
 from common.messages import ANSWERS, COORDINATOR, Envelope, PartDeclined, UpdateReady
 from coordinator.dispatch import complete_part
 from coordinator.jobs import Job
@@ -24,6 +24,8 @@ from coordinator.rounds import (
     RoundKind,
     RoundState,
     answer_part,
+    builder,
+    find_parts,
     get_asked,
 )
 from coordinator.services import Services
@@ -52,7 +54,7 @@ def receive_answer(services: Services, data: object) -> None:
         message = envelope.open(ANSWERS, recipient=COORDINATOR, public_key=asked.public_key)
         if not isinstance(message, UpdateReady | PartDeclined):
             raise InvalidMessage(f"{message.kind} is not an answer.")
-    except (InvalidMessage, NotFound) as error:
+    except (InvalidInput, NotFound) as error:  # InvalidInput: also a task id that the database cannot hold
         logger.warning("An answer is set aside: %s", error, extra={"action": "refuse_answer"})
         return
     _take(services, asked.job, asked.round, asked.part, message)
@@ -89,6 +91,12 @@ def _take_result(services: Services, job: Job, round_: Round, part: Part, messag
             update = _describe(job, round_, part, message, weights)
     except (UpdateRejected, InvalidTensors) as error:
         state, reason = PartState.QUARANTINED, error.message
+    except Unavailable:
+        raise  # it is tried again
+    except Exception as error:  # other people's bytes: whatever they do here, the site has answered
+        state, reason = PartState.QUARANTINED, f"The update could not be checked: {type(error).__name__}."
+        logger.exception("The update of site %s could not be checked.", part.site, extra={"action": "check_failed"})
+    if state is PartState.QUARANTINED:
         logger.warning(
             "The update of site %s in %s is quarantined: %s",
             part.site,
@@ -118,13 +126,22 @@ def _receive_update(services: Services, round_: Round, part: Part, message: Upda
         return None
     if not message.shards:
         raise UpdateRejected("There is no update: the answer names no shard.")
+    if round_.kind is RoundKind.START:
+        with reading(services.engine) as connection:
+            if part.site != builder(round_, find_parts(connection, round_.round_id)):
+                raise UpdateRejected("The answer names an update, but the site was not asked for the first model.")
     shards = [Blob(digest=shard.digest, size=shard.size) for shard in message.shards]
     expected = _expected_schema(services, round_)
+    most = services.settings.initial_shards if expected is None else len(expected)  # each holds a tensor at least
+    if len(shards) > most:
+        raise UpdateRejected(f"The update has {len(shards)} shards; there can be {most}.")
     if expected is not None:
         _check_size(shards, expected)
     for number, shard in enumerate(shards):
         services.blobs.accept(part.slot(number), shard)
     weights = register_shards(services.blobs, shards, look=check_values)
+    if not weights.schema:
+        raise UpdateRejected("The update holds no tensors.")
     if expected is not None:
         check_schema(weights.schema, expected)
     return weights

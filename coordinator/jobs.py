@@ -100,6 +100,18 @@ def get_job(connection: Connection, job_id: str) -> Job:
     return job_of(row)
 
 
+_LOCK = select(jobs.c.job_id).where(jobs.c.job_id == bindparam("job_id")).with_for_update()
+
+
+def lock_job(connection: Connection, job_id: str) -> None:
+    """Keep other writers from the job until the transaction ends.
+
+    Who changes a job and its rounds takes the job first: two that did so in different orders would wait for each other
+    for ever on PostgreSQL. On SQLite there is one writer at a time in any case.
+    """
+    connection.execute(_LOCK, {"job_id": job_id})
+
+
 def find_job(connection: Connection, beginning: str) -> Job:
     """Return the job whose id is, or begins with, the text; raise NotFound unless there is exactly one."""
     query = select(jobs).where(jobs.c.job_id.startswith(beginning, autoescape=True)).limit(2)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common.errors import DatabaseUnavailable
+from common.errors import Unavailable
 from coordinator.rounds import claim_round, renew_lease
 from coordinator.services import Services
 from store.database import writing
@@ -32,7 +32,7 @@ def held_round(services: Services, round_id: str) -> Iterator[str | None]:
                 with writing(services.engine) as connection:
                     if not renew_lease(connection, round_id, owner, seconds):
                         return
-            except DatabaseUnavailable as error:  # the lease may run out; closing the round will tell
+            except Unavailable as error:  # the lease may run out; closing the round will tell
                 logger.warning("The lease is not renewed: %s", error, extra={"action": "renew_lease"})
 
     thread = threading.Thread(target=renew, name=f"lease {round_id}", daemon=True)

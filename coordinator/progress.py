@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
-from coordinator.jobs import Job, find_job
+from coordinator.jobs import LIVE, Job, find_job
 from coordinator.rounds import Part, Round, RoundKind, RoundState, find_parts, find_rounds
 from coordinator.services import Services
 from store.database import reading
+
+ENDED = (RoundState.CLOSED, RoundState.FAILED, RoundState.ABORTED)  # such a round does not change any more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +49,29 @@ class JobProgress:
         return [round_ for round_ in self.rounds if round_.kind is kind and round_.state is RoundState.CLOSED]
 
 
-def job_progress(services: Services, job_id: str) -> JobProgress:
-    """Return how far the job is; raise NotFound."""
+def job_progress(services: Services, job_id: str, since: JobProgress | None = None) -> JobProgress:
+    """Return how far the job is; raise NotFound.
+
+    With what it was before, of a job that goes on only those rounds are read that can have changed since then.
+    """
     with reading(services.engine) as connection:
         job = find_job(connection, job_id)
-        return _progress(connection, job)
-
-
-def _progress(connection: Connection, job: Job) -> JobProgress:
-    rounds = tuple(find_rounds(connection, job.job_id))
-    parts = tuple(find_parts(connection, rounds[-1].round_id)) if rounds else ()
+        if since is None or since.job.job_id != job.job_id or job.state not in LIVE:
+            # Also at the end: planners whose clocks differ may have put a round before those that had ended.
+            rounds = tuple(find_rounds(connection, job.job_id))
+        else:
+            rounds = _rounds_since(connection, since)
+        parts = tuple(find_parts(connection, rounds[-1].round_id)) if rounds else ()
     return JobProgress(job=job, rounds=rounds, parts=parts)
+
+
+def _rounds_since(connection: Connection, since: JobProgress) -> tuple[Round, ...]:
+    """Return the rounds that had ended by then as they were, and those from the first that had not as they are."""
+    going_on = next((round_ for round_ in since.rounds if round_.state not in ENDED), since.newest)
+    if going_on is None:
+        return tuple(find_rounds(connection, since.job.job_id))
+    kept = [round_ for round_ in since.rounds if round_.created_at < going_on.created_at]
+    return (*kept, *find_rounds(connection, since.job.job_id, created_from=going_on.created_at))
 
 
 def site_metrics(services: Services, round_id: str) -> Mapping[str, Mapping[str, float | None]]:

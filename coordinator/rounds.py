@@ -7,6 +7,7 @@ Every change is one compare-and-set UPDATE, so that a message that comes twice, 
 changes nothing the second time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -200,9 +201,11 @@ def get_round(connection: Connection, round_id: str) -> Round:
     return _round(row)
 
 
-def find_rounds(connection: Connection, job_id: str) -> list[Round]:
-    """Return the job's rounds in the order they were planned."""
+def find_rounds(connection: Connection, job_id: str, *, created_from: datetime | None = None) -> list[Round]:
+    """Return the job's rounds in the order they were planned; from that moment on if one is given."""
     query = select(rounds).where(rounds.c.job_id == job_id).order_by(rounds.c.created_at)
+    if created_from is not None:
+        query = query.where(rounds.c.created_at >= created_from)
     return [_round(row) for row in connection.execute(query).mappings()]
 
 
@@ -212,6 +215,13 @@ def get_asked(connection: Connection, task_id: str) -> Asked:
     if row is None:
         raise NotFound(f"No enrolled site was asked {task_id[:200]!r}.")
     return Asked(job=job_of(row), round=_round(row), part=_part(row), public_key=row[party_info.c.public_key] or "")
+
+
+def builder(round_: Round, parts: Sequence[Part]) -> str | None:
+    """Return the site that builds the first model in a start; None if there is a model. Another one at each start."""
+    if round_.kind is not RoundKind.START or round_.input_model_id is not None:
+        return None
+    return parts[round_.number % len(parts)].site
 
 
 def find_parts(connection: Connection, round_id: str) -> list[Part]:

@@ -1,16 +1,19 @@
 """Take a job in: check everything it names first, then record it and send it on its way."""
 
 import getpass
+import json
 import logging
 from pathlib import Path
 
+import msgpack
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
-from common.errors import BrokerUnavailable, Conflict, InvalidJobFile, InvalidTensors
+from common.errors import BrokerUnavailable, Conflict, InvalidJobFile, InvalidTensors, UpdateRejected
 from common.heartbeats import read_heartbeats
 from common.queues import COORDINATOR_QUEUE, CoordinatorTask, cancel_key
 from coordinator.dispatch import send_notices
+from coordinator.gate import check_values
 from coordinator.jobfile import JobSpec
 from coordinator.jobs import Job, JobState, add_job, find_job, get_job, new_job
 from coordinator.planning import finish
@@ -20,16 +23,19 @@ from store.database import reading, writing
 from store.index import Weights
 from store.models import ModelInfo, ModelState, add_model, get_model
 from store.parties import sites as enrolled_sites
-from store.tensors import read_tensors
+from store.tensors import read_header, read_tensors
 from store.weights import store_weights
 
 logger = logging.getLogger(__name__)
 
+_MAX_CONFIG_BYTES = 2**20  # a message takes 4 MiB, its references included
 _CANCEL_SECONDS = 7 * 24 * 3600  # how long a site that is away can still learn of an abort
 
 
 def submit(services: Services, spec: JobSpec) -> Job:
     """Record the job and tell a coordinator worker; raise InvalidJobFile or NotFound before anything has changed."""
+    _check_config(spec)
+    _check_deadline(services, spec)
     sites = _check_sites(services, spec)
     quorum = spec.quorum(len(sites))
     if quorum > len(sites):
@@ -68,12 +74,35 @@ def abort(services: Services, job_id: str, reason: str) -> Job:
         for site in members:
             services.broker.set(cancel_key(site, job.job_id), reason, ex=_CANCEL_SECONDS)
         send_notices(services)
-    except (RedisError, KombuError) as error:
+    except (RedisError, BrokerUnavailable) as error:
         raise BrokerUnavailable(
             f"The job is aborted, but its sites could not be told ({error}); they stop at their round's deadline."
         ) from error
     with reading(services.engine) as connection:
         return get_job(connection, job.job_id)
+
+
+def _check_config(spec: JobSpec) -> None:
+    """Refuse what TOML can say and the records or a message cannot."""
+    try:
+        json.dumps(spec.model_dump(), allow_nan=False, default=str)
+        size = len(msgpack.packb(spec.config))
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise InvalidJobFile(
+            f"config or strategy: a value cannot be sent ({error}); use finite numbers, and integers of 64 bits."
+        ) from error
+    if size > _MAX_CONFIG_BYTES:
+        raise InvalidJobFile(f"config: it has {size} bytes and may have {_MAX_CONFIG_BYTES}; put data at the sites.")
+
+
+def _check_deadline(services: Services, spec: JobSpec) -> None:
+    """Refuse a deadline that the references to the model and for the updates would not live to see."""
+    longest = services.settings.reference_seconds
+    if spec.round_deadline_seconds > longest:
+        raise InvalidJobFile(
+            f"round_deadline_seconds: it is {spec.round_deadline_seconds:.0f}, but references to the store live for "
+            f"{longest} s; shorten it, or raise FEDCHORD_REFERENCE_SECONDS for the coordinator (a week at the most)."
+        )
 
 
 def _check_sites(services: Services, spec: JobSpec) -> tuple[str, ...]:
@@ -135,6 +164,11 @@ def _import_file(services: Services, file: Path) -> Weights:
         raise InvalidJobFile(f"initial_model.file: {file} is not valid safetensors: {error.message}") from error
     if not tensors:
         raise InvalidJobFile(f"initial_model.file: {file} holds no tensors.")
+    with file.open("rb", buffering=0) as opened:
+        try:
+            check_values(opened, read_header(opened, file.stat().st_size))
+        except UpdateRejected as error:  # every update made from it would be refused
+            raise InvalidJobFile(f"initial_model.file: {file} cannot be trained: {error.message}") from error
     return store_weights(services.blobs, tensors, services.settings.shard_bytes)
 
 

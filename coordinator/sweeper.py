@@ -5,11 +5,14 @@ a coordinator that died between two steps. Any number of processes may sweep; ev
 import logging
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from celery import bootsteps
+from redis.exceptions import RedisError
 
-from common.errors import FedChordError
+from common.errors import BrokerUnavailable, FedChordError
 from common.heartbeats import read_heartbeats
 from common.queues import site_queue
 from coordinator.closing import start_job
@@ -22,7 +25,8 @@ from store.database import reading, writing
 logger = logging.getLogger(__name__)
 
 _CLEAN_SECONDS = 600.0  # between two looks for abandoned files
-_ABANDONED_SECONDS = 24 * 3600  # after which a temporary file or an unused slot belongs to nobody
+_ABANDONED_SECONDS = 24 * 3600  # after its last use can be expected, a temporary file or a slot belongs to nobody
+_LONGEST_PATIENCE_SECONDS = 600.0  # a site that is asked in vain is asked again ever more rarely, down to this
 
 
 def sweep(services: Services, *, grace_seconds: float, asked: "Asked | None" = None) -> int:
@@ -33,20 +37,33 @@ def sweep(services: Services, *, grace_seconds: float, asked: "Asked | None" = N
     with reading(services.engine) as connection:
         overdue = find_overdue(connection, grace_seconds=grace_seconds)
         submitted = find_jobs(connection, states=(JobState.SUBMITTED,))
-    for job in submitted:
-        start_job(services, job.job_id)
-    for round_id in overdue.unpublished:
-        logger.warning("Round %s may not have been sent; sending it.", round_id, extra={"action": "resend_round"})
-        publish_round(services, round_id)
-    for round_id in overdue.expired:
-        _expire(services, round_id)
-    for round_id in overdue.unclaimed:
-        logger.warning("Round %s has every answer; taking it up.", round_id, extra={"action": "take_up_round"})
-        call_back(services, round_id)
+    steps: list[Callable[[], None]] = []
+    steps += [partial(_expire, services, round_id) for round_id in overdue.expired]
+    steps += [partial(_take_up, services, round_id) for round_id in overdue.unclaimed]
+    steps += [partial(start_job, services, job.job_id) for job in submitted]
+    steps += [partial(_send_again, services, round_id) for round_id in overdue.unpublished]
     if asked is not None:
-        asked.ask_again(services)
-    send_notices(services, grace_seconds=grace_seconds)
+        steps.append(partial(asked.ask_again, services))
+    steps.append(partial(send_notices, services, grace_seconds=grace_seconds))
+    failures: list[Exception] = []
+    for step in steps:  # each on its own: one job's trouble must not keep another job's deadline from being seen
+        try:
+            step()
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise next((error for error in failures if not isinstance(error, FedChordError)), failures[0])
     return len(submitted) + len(overdue.unpublished) + len(overdue.expired) + len(overdue.unclaimed)
+
+
+def _send_again(services: Services, round_id: str) -> None:
+    logger.warning("Round %s may not have been sent; sending it.", round_id, extra={"action": "resend_round"})
+    publish_round(services, round_id)
+
+
+def _take_up(services: Services, round_id: str) -> None:
+    logger.warning("Round %s has every answer; taking it up.", round_id, extra={"action": "take_up_round"})
+    call_back(services, round_id)
 
 
 def _expire(services: Services, round_id: str) -> None:
@@ -72,7 +89,7 @@ class Asked:
     """
 
     def __init__(self) -> None:
-        self._asked_at: dict[str, float] = {}  # task id: monotonic seconds
+        self._asked: dict[str, tuple[float, float]] = {}  # by task id: when next (monotonic), and the pause after that
 
     def ask_again(self, services: Services) -> None:
         """Send the message again of each part that seems to be lost, and not sooner than it may have arrived."""
@@ -80,12 +97,12 @@ class Asked:
         with reading(services.engine) as connection:
             waiting = find_waiting(connection, age_seconds=patience)
         now = time.monotonic()
-        self._asked_at = {part.task_id: self._asked_at.get(part.task_id, 0.0) for part in waiting}
-        due = [part for part in waiting if self._asked_at[part.task_id] < now - patience]
+        self._asked = {part.task_id: self._asked.get(part.task_id, (now, patience)) for part in waiting}
+        due = [part for part in waiting if self._asked[part.task_id][0] <= now]
         heartbeats = read_heartbeats(services.broker, sorted({part.site for part in due}))
         for part in due:
             heartbeat = heartbeats.get(part.site)
-            if heartbeat is None or heartbeat.tasks or services.broker.llen(site_queue(part.site)):
+            if heartbeat is None or heartbeat.tasks or _has_messages(services, part.site):
                 continue  # away, at work, or yet to take the message from its queue
             logger.warning(
                 "Site %s is idle and owes an answer; asking again.",
@@ -93,7 +110,15 @@ class Asked:
                 extra={"action": "ask_again", "job": part.job_id, "round": part.round_id, "site": part.site},
             )
             publish_again(services, part)
-            self._asked_at[part.task_id] = now
+            _, pause = self._asked[part.task_id]
+            self._asked[part.task_id] = (now + pause, min(2 * pause, max(patience, _LONGEST_PATIENCE_SECONDS)))
+
+
+def _has_messages(services: Services, site: str) -> bool:
+    try:
+        return bool(services.broker.llen(site_queue(site)))
+    except RedisError as error:
+        raise BrokerUnavailable(f"The broker does not answer ({error}); start it.") from error
 
 
 class Sweeper(bootsteps.StartStopStep):
@@ -125,12 +150,15 @@ class Sweeper(bootsteps.StartStopStep):
             try:
                 sweep(services, grace_seconds=2 * period, asked=asked)
                 if time.monotonic() >= next_clean:
-                    services.blobs.clean(older_than_seconds=_ABANDONED_SECONDS)
-                    next_clean = time.monotonic() + _CLEAN_SECONDS
+                    next_clean = time.monotonic() + _CLEAN_SECONDS  # even if it fails: not every second
+                    abandoned = services.settings.reference_seconds + _ABANDONED_SECONDS  # no round's deadline is later
+                    services.blobs.clean(older_than_seconds=abandoned)
                 trouble = ""
             except FedChordError as error:
                 if error.message != trouble:  # once, not every second
                     trouble = error.message
                     logger.warning("The sweep has to wait: %s", trouble, extra={"action": "sweep_waits"})
-            except Exception:
-                logger.exception("The sweep failed.", extra={"action": "sweep_failed"})
+            except Exception as error:
+                if repr(error) != trouble:
+                    trouble = repr(error)
+                    logger.exception("The sweep failed.", extra={"action": "sweep_failed"})

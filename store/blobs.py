@@ -181,8 +181,10 @@ def check_disk(folder: Path) -> None:
     with disk_errors(folder):
         free_bytes = shutil.disk_usage(folder).free
         probe = folder / f"check-{secrets.token_hex(8)}"
-        probe.write_bytes(b"1")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"1")
+        finally:
+            probe.unlink(missing_ok=True)
     if free_bytes < _MINIMUM_FREE_BYTES:
         raise DiskFull(f"The disk of {folder} has only {free_bytes >> 20} MiB left; free some space and try again.")
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import IntEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, bindparam, delete, exc, insert, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, bindparam, delete, exc, func, insert, select, update
 
 from common.errors import Conflict, NotFound
 from store.blobs import Blob
@@ -97,6 +97,18 @@ def get_model(connection: Connection, model_id: str) -> ModelInfo:
     if row is None:
         raise _no_model(model_id)
     return _model(row)
+
+
+def find_model(connection: Connection, beginning: str) -> ModelInfo:
+    """Return the model whose id is, or alone begins with, the text; raise NotFound if there is none or more."""
+    begins = model_info.c.model_id.startswith(beginning, autoescape=True)
+    shortest_first = func.length(model_info.c.model_id)  # the id that is the text comes before those that go on
+    rows = connection.execute(_SELECT.where(begins).order_by(shortest_first).limit(2)).mappings().all()
+    if not rows or not beginning:
+        raise NotFound(f"There is no model whose id begins with {beginning!r}; `fedchord models` lists them.")
+    if len(rows) > 1 and rows[0]["model_id"] != beginning:
+        raise NotFound(f"More than one model has an id that begins with {beginning!r}; `fedchord models` lists them.")
+    return _model(rows[0])
 
 
 def get_models(connection: Connection, model_ids: Sequence[str]) -> tuple[ModelInfo, ...]:

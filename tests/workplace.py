@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -60,16 +61,21 @@ class Workplace:
         self.temporary.mkdir()
         (folder / "counting.py").write_text(TRAINER)
 
-    def run(self, *arguments: str, code: int = 0, seconds: float = 100) -> Ended:
+    def run(self, *arguments: str, code: int = 0, seconds: float = 100, largest_file: int | None = None) -> Ended:
         """Run the command to its end; fail unless it ends with the code in so many seconds."""
-        process = self.start(*arguments)
+        process = self.start(*arguments, largest_file=largest_file)
         out, err = process.communicate(timeout=seconds)
         ended = Ended(code=process.returncode, out=out, err=err)
         assert ended.code == code, ended
         return ended
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start the command."""
+    def start(self, *arguments: str, largest_file: int | None = None) -> subprocess.Popen[str]:
+        """Start the command; with a limit in bytes, files cannot grow past it, as on a disk that is full."""
+
+        def limit() -> None:
+            if largest_file is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
         return subprocess.Popen(
             [sys.executable, "-c", "from coordinator.cli import main; main()", *arguments],
             cwd=self.folder,
@@ -78,6 +84,7 @@ class Workplace:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=limit,
         )
 
     def up(self, *more: str) -> Any:

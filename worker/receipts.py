@@ -1,5 +1,6 @@
 """Keep the answer of every part that was done, so that a message that comes twice is not worked on twice."""
 
+import contextlib
 import logging
 import os
 import re
@@ -18,12 +19,19 @@ _SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,159}")  # what may become a p
 
 def prepare_receipts(folder: Path) -> None:
     """Make the folder and forget what is older than any message can be."""
-    oldest = time.time() - KEEP_SECONDS
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for file in folder.iterdir():
-            if file.stat().st_mtime < oldest:
-                file.unlink(missing_ok=True)
+    forget_old_receipts(folder)
+
+
+def forget_old_receipts(folder: Path) -> None:
+    """Remove what is older than any message can be; also while the site works, for it may run for years."""
+    oldest = time.time() - KEEP_SECONDS
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # another process has removed or renamed it, or the next time will do
+                if entry.stat().st_mtime < oldest:
+                    Path(entry).unlink()
 
 
 class Receipts:
@@ -33,7 +41,7 @@ class Receipts:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def find(self, task_id: str, attempt: int) -> bytes | None:
         """Return the answer that was given to the part, if there is one that can be read."""
@@ -50,7 +58,7 @@ class Receipts:
         """Write the answer; raise DiskFull or StoreUnavailable when that fails."""
         path = self._path(task_id, attempt)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with disk_errors(self._folder):
+        with disk_errors(self.folder):
             try:
                 temporary.write_bytes(answer)
                 temporary.replace(path)
@@ -61,12 +69,12 @@ class Receipts:
     def count_repeat(self, task_id: str, attempt: int) -> int:
         """Note that the part's message was handed out again; return how often it has been, this time included."""
         path = self._path(task_id, attempt)
-        with disk_errors(self._folder), path.with_name(f"{path.name}.repeats").open("ab") as file:
+        with disk_errors(self.folder), path.with_name(f"{path.name}.repeats").open("ab") as file:
             file.write(b".")
             return file.tell()
 
     def _path(self, task_id: str, attempt: int) -> Path:
-        return self._folder / f"{check_id(task_id)}.{attempt}"
+        return self.folder / f"{check_id(task_id)}.{attempt}"
 
 
 def check_id(identifier: str) -> str:

@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from common.errors import Declined, FedChordError, InvalidInput, InvalidMessage, InvalidTensors
 from common.messages import (
     COORDINATOR,
+    MAX_METRIC_CHARACTERS,
+    MAX_METRICS,
     SITE_MESSAGES,
     ClientRemoved,
     Envelope,
@@ -36,7 +38,7 @@ from store.transfer import Transfer
 from store.weights import write_weights
 from worker.jobs import Jobs, Part, prepare_jobs
 from worker.progress import Progress
-from worker.receipts import Receipts, prepare_receipts
+from worker.receipts import Receipts, forget_old_receipts, prepare_receipts
 from worker.scratch import prepare_scratch, scratch_folder
 from worker.trainer import Fit, RoundContext, Tensors, check_tensors, derive_seed
 from worker.trainers import Trainers
@@ -224,6 +226,7 @@ class Site:
         except (Exception, SystemExit):  # a trainer is other people's code; the job is over all the same
             logger.exception("The trainer did not finish.", extra={"action": "finish_job", **extra})
         self._jobs.forget(message.job_id)
+        forget_old_receipts(self._receipts.folder)
         logger.info("The job has ended for this site.", extra={"action": "finish_job", **extra})
 
 
@@ -234,7 +237,7 @@ def _decline(part: Part, reason: str, *, failed: bool) -> PartDeclined:
         task_id=part.task_id,
         attempt=part.attempt,
         failed=failed,
-        reason=reason[:_REASON_CHARACTERS],
+        reason=reason.encode("utf-8", "replace").decode()[:_REASON_CHARACTERS],  # half a surrogate cannot be sent
     )
 
 
@@ -251,9 +254,9 @@ def _locate(error: BaseException) -> str:
 def _count(num_examples: object) -> int:
     try:
         count = int(num_examples)  # type: ignore[call-overload]  # whatever the trainer gave: numpy integers are welcome
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInput("The trainer's num_examples is not a number; correct the trainer.") from error
-    if count < 0:
+    if not 0 <= count < 2**63:  # what a message holds
         raise InvalidInput(f"The trainer's num_examples is {count}; correct the trainer.")
     return int(count)
 
@@ -261,10 +264,17 @@ def _count(num_examples: object) -> int:
 def _clean(metrics: Mapping[str, object]) -> dict[str, float | None]:
     """Return the metrics as plain numbers; None stands for one that is not finite."""
     cleaned: dict[str, float | None] = {}
+    if len(metrics) > MAX_METRICS:
+        raise InvalidInput(f"The trainer gives {len(metrics)} metrics; correct it to give {MAX_METRICS} at most.")
     for name, value in metrics.items():
+        if len(str(name)) > MAX_METRIC_CHARACTERS:
+            raise InvalidInput(
+                f"The trainer's metric {str(name)[:80]!r}… has a name of {len(str(name))} characters; correct the "
+                f"trainer to use {MAX_METRIC_CHARACTERS} at most."
+            )
         try:
             number = float(value)  # type: ignore[arg-type]  # whatever the trainer gave: numpy and torch scalars are welcome
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InvalidInput(
                 f"The trainer's metric {str(name)[:80]!r} is not a number; correct the trainer."
             ) from error

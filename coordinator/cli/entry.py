@@ -28,6 +28,7 @@ _COMMANDS = {  # name -> (where it is defined, what it does)
     "watch": ("coordinator.cli.jobs:watch", "Follow a job until it ends."),
     "abort": ("coordinator.cli.jobs:abort", "End a job now."),
     "sites": ("coordinator.cli.sites:sites", "List, enroll, enable, disable and remove sites."),
+    "keys": ("coordinator.cli.keys:keys", "Make a signing key, or show its public half."),
     "models": ("coordinator.cli.models:models", "List the models, or show one with its lineage."),
     "download": ("coordinator.cli.models:download", "Write a model to a safetensors file."),
 }

@@ -10,12 +10,10 @@ from common.errors import BrokerUnavailable, JobFailed
 from common.heartbeats import Heartbeat, read_heartbeats
 from coordinator.cli.progress_view import draw, line
 from coordinator.jobs import LIVE, JobState
-from coordinator.progress import JobProgress, job_progress
-from coordinator.rounds import RoundState
+from coordinator.progress import ENDED, JobProgress, job_progress
 from coordinator.services import Services
 
 _POLL_SECONDS = 0.2
-_ENDED = (RoundState.CLOSED, RoundState.FAILED, RoundState.ABORTED)
 
 
 def follow(services: Services, job_id: str, console: Console | None) -> JobProgress:
@@ -56,19 +54,20 @@ class _LinePrinter:
 
     def __call__(self, progress: JobProgress) -> None:
         for round_ in progress.rounds:
-            if round_.state in _ENDED and round_.round_id not in self._printed:
+            if round_.state in ENDED and round_.round_id not in self._printed:
                 self._printed.add(round_.round_id)
                 self._console.print(line(round_), soft_wrap=True, markup=False)
 
 
 def _poll(services: Services, job_id: str, show: Callable[[JobProgress], None]) -> JobProgress:
+    progress = None
     while True:
         asked = time.monotonic()
-        progress = job_progress(services, job_id)
+        progress = job_progress(services, job_id, since=progress)
         show(progress)
         if progress.job.state not in LIVE:
             return progress
-        time.sleep(max(_POLL_SECONDS, 3 * (time.monotonic() - asked)))  # of a long job there is much to read
+        time.sleep(max(_POLL_SECONDS, 3 * (time.monotonic() - asked)))  # of many sites there is much to read
 
 
 def _heartbeats(services: Services, progress: JobProgress) -> dict[str, Heartbeat]:

@@ -17,7 +17,7 @@ from coordinator.cli.output import (
 )
 from coordinator.cli.progress_view import main_metric
 from coordinator.jobfile import read_job_file
-from coordinator.jobs import Job, find_jobs
+from coordinator.jobs import Job, find_job, find_jobs
 from coordinator.progress import JobProgress, job_progress
 from coordinator.services import Services
 from store.database import reading
@@ -38,11 +38,12 @@ def submit(config: Path | None, job_file: Path, watch: bool, as_json: bool) -> N
     Everything that the file names is checked first: fields, sites, trainer, strategy, model.
     """
     spec = read_job_file(job_file)
-    services = open_coordinator(config)
-    job = submitting.submit(services, spec)
-    if watch:
-        _watch(services, job, as_json=as_json)
-    elif as_json:
+    with open_coordinator(config) as services:
+        job = submitting.submit(services, spec)
+        if watch:
+            _watch(services, job, as_json=as_json)
+            return
+    if as_json:
         print_json(_document(job))
     else:
         click.echo(f"Submitted {job.name} as job {job.job_id} to {len(job.sites)} sites.")
@@ -66,11 +67,11 @@ def jobs(config: Path | None, job_id: str | None, limit: int, as_json: bool) -> 
 
     JOB_ID may be shortened to what is unique.
     """
-    services = open_coordinator(config)
-    if job_id is None:
-        _list(services, limit, as_json=as_json)
-        return
-    progress = _find(services, job_id)
+    with open_coordinator(config, needs_broker=False) as services:
+        if job_id is None:
+            _list(services, limit, as_json=as_json)
+            return
+        progress = job_progress(services, job_id)
     if as_json:
         print_json(progress_document(progress))
     else:
@@ -91,8 +92,10 @@ def watch(config: Path | None, job_id: str, as_json: bool) -> None:
     The exit code is 0 if it completes and 6 if it fails or is aborted. Ctrl-C ends the watching, not the job. With
     --json, the job as it ended is printed. JOB_ID may be shortened to what is unique.
     """
-    services = open_coordinator(config)
-    _watch(services, _find(services, job_id).job, as_json=as_json)
+    with open_coordinator(config) as services:
+        with reading(services.engine) as connection:
+            job = find_job(connection, job_id)
+        _watch(services, job, as_json=as_json)
 
 
 @click.command(
@@ -109,7 +112,8 @@ def abort(config: Path | None, job_id: str, reason: str, as_json: bool) -> None:
 
     Its sites stop working for it; its models stay. JOB_ID may be shortened to what is unique.
     """
-    job = submitting.abort(open_coordinator(config), job_id, reason)
+    with open_coordinator(config) as services:
+        job = submitting.abort(services, job_id, reason)
     if as_json:
         print_json(_document(job))
     else:
@@ -128,10 +132,6 @@ def progress_document(progress: JobProgress) -> dict[str, object]:
 
 def _document(job: Job) -> dict[str, object]:
     return {**document(job), "quorum": job.quorum, "model_store": job.model_store}
-
-
-def _find(services: Services, job_id: str) -> JobProgress:
-    return job_progress(services, job_id)
 
 
 def _watch(services: Services, job: Job, *, as_json: bool) -> None:

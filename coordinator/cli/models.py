@@ -1,5 +1,7 @@
 """The commands `models` and `download`."""
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from coordinator.cli.output import (
 )
 from coordinator.jobs import find_job
 from coordinator.services import Services
+from store.blobs import disk_errors
 from store.database import reading
 from store.export import export_single, export_weights
-from store.models import Lineage, ModelInfo, find_models, get_model, latest_model, lineage
+from store.index import Weights
+from store.models import Lineage, ModelInfo, find_model, find_models, latest_model, lineage
 from store.weights import load_index
 
 _MEGABYTE = 10**6
@@ -45,13 +49,13 @@ def models(
 
     MODEL_ID and the job's id may be shortened to what is unique.
     """
-    services = open_coordinator(config)
-    if model_id is not None:
-        _show(services, model_id, as_json=as_json)
-        return
-    with reading(services.engine) as connection:
-        job_id = find_job(connection, job_id).job_id if job_id is not None else None
-        found = find_models(connection, job_id=job_id, kind=kind, limit=limit)
+    with open_coordinator(config, needs_broker=False) as services:
+        if model_id is not None:
+            _show(services, model_id, as_json=as_json)
+            return
+        with reading(services.engine) as connection:
+            job_id = find_job(connection, job_id).job_id if job_id is not None else None
+            found = find_models(connection, job_id=job_id, kind=kind, limit=limit)
     if as_json:
         print_json([_document(model) for model in found])
         return
@@ -96,21 +100,39 @@ def download(
     target = target or Path("model" if shards else "model.safetensors")
     if target.exists() and not force and not (shards and target.is_dir() and not any(target.iterdir())):
         raise InvalidInput(f"{target} is there already; choose another --output, or --force to write over it.")
-    services = open_coordinator(config)
-    model = _find(services, model_id) if model_id is not None else _newest(services, job_id or "")
-    weights = load_index(services.blobs, model.model_hash)
-    if shards:
-        target.mkdir(parents=True, exist_ok=True)
-        files = export_weights(services.blobs, weights, target)
-    else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        export_single(services.blobs, weights, target)
-        files = [target]
+    with open_coordinator(config, needs_broker=False) as services:
+        model = _find(services, model_id) if model_id is not None else _newest(services, job_id or "")
+        files = _export(services, model, target, shards=shards)
     if as_json:
         print_json({"model": _document(model), "files": files})
     else:
         size = sum(file.stat().st_size for file in files) / _MEGABYTE
         click.echo(f"Wrote {model.model_description or model.model_id} to {target} ({size:.2f} MB).")
+
+
+def _export(services: Services, model: ModelInfo, target: Path, *, shards: bool) -> list[Path]:
+    """Write the model to the file or, as shards, to the folder; return the files."""
+    weights = load_index(services.blobs, model.model_hash)
+    with disk_errors(target.parent):
+        if shards:
+            return _export_shards(services, weights, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        export_single(services.blobs, weights, target)
+        return [target]
+
+
+def _export_shards(services: Services, weights: Weights, folder: Path) -> list[Path]:
+    """Write all files beside their places, then put each in its place: after an error none of them is there."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as temporary:
+            written = export_weights(services.blobs, weights, Path(temporary))
+            return [file.replace(folder / file.name) for file in written]
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _show(services: Services, model_id: str, *, as_json: bool) -> None:
@@ -132,15 +154,8 @@ def _show(services: Services, model_id: str, *, as_json: bool) -> None:
 
 
 def _find(services: Services, model_id: str) -> ModelInfo:
-    """Return the model whose id is, or begins with, the text; raise NotFound unless there is exactly one."""
     with reading(services.engine) as connection:
-        try:
-            return get_model(connection, model_id)
-        except NotFound:
-            beginning = [model for model in find_models(connection) if model.model_id.startswith(model_id)]
-            if len(beginning) != 1 or not model_id:
-                raise
-            return beginning[0]
+        return find_model(connection, model_id)
 
 
 def _newest(services: Services, job_id: str) -> ModelInfo:

@@ -24,10 +24,11 @@ _WIDTH = 160  # columns of a table that is not shown on a terminal
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON value and nothing else.")
 
 
-def open_coordinator(config: Path | None) -> Services:
+def open_coordinator(config: Path | None, *, needs_broker: bool = True) -> Services:
     """Open the coordinator's services; without a settings file, those of the stack in this folder if there is one."""
     default = StackFolder(DEFAULT_FOLDER).settings_file
-    return open_services(Settings.load(config or (default if default.exists() else None)))
+    settings = Settings.load(config or (default if default.exists() else None))
+    return open_services(settings, needs_broker=needs_broker)
 
 
 def console() -> Console:

@@ -169,12 +169,8 @@ def _stack(folder: Path, plan: DemoPlan, spec: JobSpec, data: Path) -> Iterator[
         num_sites=plan.num_sites, trainers={spec.trainer: TRAINER_CLASS}, site_data=data, working_folder=_ROOT
     )
     try:
-        services = open_services(Settings.load(lifecycle.up(folder, wishes).settings_file))
-        try:
+        with open_services(Settings.load(lifecycle.up(folder, wishes).settings_file)) as services:
             yield services
-        finally:
-            services.engine.dispose()
-            services.broker.close()
     finally:
         with lifecycle.undisturbed(), suppress(NotFound):  # there is no stack when it could not even be planned
             lifecycle.down(folder)

@@ -5,7 +5,7 @@ from common.settings import ENV_PREFIX, Settings
 from common.signing import SigningKey
 from coordinator.services import make_key
 from coordinator.stack.folder import Stack, StackFolder
-from coordinator.stack.kit import KEY_FILE, SETTINGS_FILE, renew_kit, site_values, write_kit
+from coordinator.stack.kit import KEY_FILE, renew_kit, site_values
 from coordinator.stack.programs import write_supervisor_file
 from coordinator.stack.settings_file import write_settings
 from coordinator.stack.valkey import broker_url, write_valkey_file
@@ -17,8 +17,10 @@ _LEFT_OUT = "left out at the last `fedchord up`"
 
 
 def configure(folder: StackFolder, stack: Stack) -> Settings:
-    """Write every file that the processes read, and enroll the sites; return the coordinator's settings."""
-    folder.save(stack)
+    """Write every file that the processes read, and enroll the sites; return the coordinator's settings.
+
+    The stack's record comes last: a new folder without one is taken away again.
+    """
     folder.logs.mkdir(exist_ok=True)
     key = make_key(folder.key_file)
     values = {
@@ -43,6 +45,7 @@ def configure(folder: StackFolder, stack: Stack) -> Settings:
     write_valkey_file(folder, stack)
     write_supervisor_file(folder, stack)
     _enroll(folder, stack, settings, key)
+    folder.save(stack)
     return settings
 
 
@@ -60,14 +63,10 @@ def _enroll(folder: StackFolder, stack: Stack, settings: Settings, coordinator_k
                 data=stack.site_data / site if stack.site_data else kit / "data",
                 trainers=stack.trainers,
             )
-            if (kit / KEY_FILE).exists():
-                key = SigningKey.load(kit / KEY_FILE)
-                renew_kit(kit, values)
-            else:
-                (kit / SETTINGS_FILE).unlink(missing_ok=True)  # of an `up` that was interrupted before it made the key
-                key = SigningKey.generate()
-                write_kit(kit, values, key)
+            kit.mkdir(parents=True, exist_ok=True, mode=0o700)
             (kit / "data").mkdir(exist_ok=True)
+            key = make_key(kit / KEY_FILE)
+            renew_kit(kit, values)
             with writing(engine) as connection:
                 party = enroll_site(connection, site, key.public_key, description="a site of the embedded stack")
                 if party.reason == _LEFT_OUT:

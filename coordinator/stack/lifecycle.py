@@ -21,7 +21,7 @@ from coordinator.stack.readiness import Readiness, missing_sites
 from coordinator.stack.supervision import ProcessState, Supervisor
 from coordinator.stack.valkey import broker_url
 from coordinator.stack.wishes import Wishes, plan_stack
-from store.blobs import disk_errors
+from store.blobs import check_disk, disk_errors
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def up(path: Path, wishes: Wishes) -> StackStatus:
             if Supervisor(folder, last).is_running():
                 raise Conflict(f"The stack in {folder.path} is running already; `fedchord down` stops it.")
             end_leftovers(last, grace_seconds=_GRACE_SECONDS)
+        check_disk(folder.path)
         stack = plan_stack(folder, last, wishes)
         settings = configure(folder, stack)
         try:
@@ -131,7 +132,7 @@ def _made(folder: StackFolder) -> Iterator[None]:
         yield
     finally:
         if is_new and not folder.record.exists():
-            shutil.rmtree(folder.path)
+            shutil.rmtree(folder.path, ignore_errors=True)  # what went wrong is told already
 
 
 def _last(folder: StackFolder) -> Stack | None:

@@ -3,6 +3,7 @@ import os
 import signal
 import socket
 import stat
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -161,10 +162,37 @@ def test_a_site_can_be_enrolled_disabled_enabled_and_removed(running: Workplace)
 
 
 def test_a_site_with_a_key_of_its_own_gets_no_private_key(running: Workplace) -> None:
-    public_key = running.run("sites", "--json").json[0]["public_key"]
+    public_key = running.run("keys", "new", "own.key").out.strip()
+    assert running.run("keys", "show", "own.key", "--json").json == {"file": "own.key", "public_key": public_key}
+    assert stat.S_IMODE((running.folder / "own.key").stat().st_mode) == 0o600
+    kit = running.folder / "clinic-b"
     running.run("sites", "add", "clinic-b", "--public-key", public_key)
-    assert [file.name for file in (running.folder / "clinic-b").iterdir()] == ["site.toml"]
+    assert [file.name for file in kit.iterdir()] == ["site.toml"]
+    (kit / "site.toml").unlink()  # a lost kit is written anew for the same key, and for no other
+    other = running.run("keys", "new", "other.key").out.strip()
+    assert "enrolled already" in running.run("sites", "add", "clinic-b", "--public-key", other, code=4).err
+    assert "enrolled already" in running.run("sites", "add", "clinic-b", code=4).err
+    assert list(kit.iterdir()) == []
+    running.run("sites", "add", "clinic-b", "--public-key", public_key)
+    assert [file.name for file in kit.iterdir()] == ["site.toml"]
     running.run("sites", "remove", "clinic-b")
+
+
+def test_a_new_key_is_never_written_over_another_file(running: Workplace) -> None:
+    (running.folder / "precious").write_text("precious")
+    assert "is there already" in running.run("keys", "new", "precious", code=4).err
+    assert (running.folder / "precious").read_text() == "precious"
+    assert list(running.folder.glob(".precious*")) == []
+
+
+def test_a_kit_has_the_broker_url_that_was_made_for_its_site(running: Workplace) -> None:
+    url = "rediss://clinic-d:a-password@broker.example.org:6379/0?ssl_cert_reqs=required"
+    running.run("sites", "add", "clinic-d", "--broker-url", url)
+    kit = (running.folder / "clinic-d" / "site.toml").read_text()
+    assert tomllib.loads(kit)["broker_url"] == url
+    password = json.loads((running.stack / "stack.json").read_text())["broker_password"]
+    assert password not in kit
+    running.run("sites", "remove", "clinic-d")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +204,9 @@ def test_a_site_with_a_key_of_its_own_gets_no_private_key(running: Workplace) ->
         (["submit", "no-such-file.toml"], 2, "no-such-file.toml"),
         (["sites", "add", "Not A Name"], 2, "not valid"),
         (["sites", "add", "clinic-c", "--public-key", "AAAA"], 2, "copy it again"),
+        (["sites", "add", "clinic-c", "--broker-url", "broker.example.org"], 2, "redis://"),
+        (["keys", "show", "no-such.key"], 2, "no-such.key"),
+        (["keys", "new", "counting.py"], 4, "is there already"),
         (["download"], 2, "--job"),
     ],
 )
@@ -198,6 +229,34 @@ def test_a_port_in_use_is_told_before_anything_is_written(workplace: Workplace) 
     assert workplace.processes() == []
 
 
+@pytest.mark.parametrize("largest_file", [0, 100, 2000, 20_000])
+def test_a_stack_that_the_disk_cannot_hold_leaves_nothing(workplace: Workplace, largest_file: int) -> None:
+    ended = workplace.run("up", code=5, largest_file=largest_file)
+    assert len(ended.err.splitlines()) == 1
+    assert "disk" in ended.err
+    assert not workplace.stack.exists()
+    assert workplace.processes() == []
+
+
+def test_on_a_full_disk_a_job_is_not_taken_and_a_model_not_half_written(running: Workplace) -> None:
+    job_id = running.run("submit", running.job_file(rounds=1), "--watch", "--json").json["job_id"]
+    before = sorted(running.folder.iterdir())
+    jobs = running.run("jobs", "--json").json
+    for arguments in (
+        ["submit", "job.toml"],
+        ["download", "--job", job_id, "--output", "full.safetensors"],
+        ["download", "--job", job_id, "--output", "full", "--shards"],
+        ["keys", "new", "full.key"],
+        ["sites", "add", "clinic-e"],
+    ):
+        ended = running.run(*arguments, code=5, largest_file=0)
+        assert len(ended.err.splitlines()) == 1
+        assert "is full" in ended.err
+    assert sorted(running.folder.iterdir()) == before
+    assert running.run("jobs", "--json").json == jobs
+    assert "clinic-e" not in [each["site"] for each in running.run("sites", "--json").json]
+
+
 def test_a_trainer_that_cannot_be_found_is_told_and_everything_is_stopped_again(workplace: Workplace) -> None:
     ended = workplace.run("up", "--trainer", "counting=no_such_module:Counting", code=5)
     assert "names a module that is not there" in ended.err
@@ -207,7 +266,7 @@ def test_a_trainer_that_cannot_be_found_is_told_and_everything_is_stopped_again(
 def test_without_a_stack_every_command_says_what_to_do(workplace: Workplace) -> None:
     assert "`fedchord up` makes one" in workplace.run("status", code=3).err
     assert "`fedchord up` makes one" in workplace.run("down", code=3).err
-    assert "`fedchord up` makes a coordinator's key" in workplace.run("jobs", code=2).err
+    assert "make a coordinator's key" in workplace.run("jobs", code=2).err
 
 
 def test_down_ends_what_a_killed_supervisor_has_left(workplace: Workplace) -> None:
@@ -228,13 +287,35 @@ def test_a_job_goes_on_after_down_and_up(workplace: Workplace) -> None:
     wait_for(lambda: rounds_done() >= 1, seconds=60, what="a round is done")
     workplace.run("down")
     assert workplace.processes() == []
-    refused = workplace.run("jobs", job_id, code=5)
-    assert "The broker at" in refused.err
+    for arguments in (["watch", job_id], ["submit", "job.toml"], ["abort", job_id]):
+        assert "The broker at" in workplace.run(*arguments, code=5).err
 
     workplace.run("up")
     before = rounds_done()
     wait_for(lambda: rounds_done() > before + 1, seconds=60, what="the job goes on")
     workplace.run("down")
+
+
+def test_what_only_reads_records_and_blobs_works_while_the_stack_is_down(workplace: Workplace) -> None:
+    workplace.up()
+    ended = workplace.run("submit", workplace.job_file(rounds=1), "--watch", "--json").json
+    job_id, model_id = ended["job_id"], ended["model_id"]
+    workplace.run("down")
+    assert workplace.run("jobs", job_id, "--json").json == ended
+    assert workplace.run("models", model_id[:13], "--json").json["model_id"] == model_id
+    workplace.run("download", model_id[:13], "--output", "count.safetensors")
+    assert read_tensors(workplace.folder / "count.safetensors")["count"].tolist() == [1.0, 1.0, 1.0]
+    workplace.run("sites", "disable", "site-2", "--reason", "moving")
+    listed = workplace.run("sites", "--json")
+    assert [(each["site"], each["enabled"], each["alive"]) for each in listed.json] == [
+        ("site-1", True, None),
+        ("site-2", False, None),
+    ]
+    assert "Who is alive is not known" in listed.err
+    assert [line.split()[:3] for line in workplace.run("sites").out.splitlines()[1:]] == [
+        ["site-1", "yes", "unknown"],
+        ["site-2", "no:", "moving"],
+    ]
 
 
 def test_a_process_that_is_killed_is_started_again(workplace: Workplace) -> None:

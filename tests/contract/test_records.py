@@ -25,6 +25,7 @@ from store.models import (
     ModelState,
     add_model,
     delete_model,
+    find_model,
     find_models,
     get_model,
     get_models,
@@ -321,6 +322,21 @@ class TestModels:
             assert latest_model(connection) == third
             assert latest_model(connection, store="ddc:digits", state=ModelState.CREATED) == first
             assert latest_model(connection, store="no such store") is None
+
+    def test_a_model_is_found_by_its_id_or_by_what_it_alone_begins_with(self, engine: Engine) -> None:
+        with writing(engine) as connection:
+            found = {name: add_model(connection, model(model_id=name)) for name in ("ab", "abc1", "abc2", "x%y", "x_y")}
+        with reading(engine) as connection:
+            assert find_model(connection, "ab") == found["ab"]
+            assert find_model(connection, "abc1") == found["abc1"]
+            assert find_model(connection, "x%") == found["x%y"]
+            assert find_model(connection, "x_") == found["x_y"]
+            for several in ("a", "abc", "x"):
+                with pytest.raises(NotFound, match=f"More than one model .* '{several}'"):
+                    find_model(connection, several)
+            for none in ("", "b", "%", "abc12"):
+                with pytest.raises(NotFound, match=f"no model .* '{none}'"):
+                    find_model(connection, none)
 
     def test_a_deleted_model_is_gone_and_its_number_is_not_given_out_again(self, engine: Engine) -> None:
         with writing(engine) as connection:

@@ -4,25 +4,42 @@ import hashlib
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import SecretStr
+from sqlalchemy import update
 
+from common.broker import connect
+from common.errors import BrokerUnavailable, Conflict
+from common.heartbeats import read_heartbeats
+from common.queues import site_queue
+from common.settings import Settings
+from coordinator import closing, submitting
 from coordinator.aggregation import shares
 from coordinator.jobs import JobState, add_job, get_job, new_job
 from coordinator.planning import plan_next
 from coordinator.progress import job_progress
-from coordinator.rounds import RoundKind, claim_round
+from coordinator.rounds import RoundKind, claim_round, drop_waiting
 from coordinator.submitting import submit
+from coordinator.sweeper import Asked
 from store.database import reading, writing
 from store.models import find_models
+from store.tables import rounds, utc_now
+from tests.contract.postgres import PostgresServer
 from tests.federation import Federation, Tensors, federation, wait_until
+from tests.servers import valkey
 
 NAMES = ("alpha", "beta", "gamma")
 ROUNDS = 6
@@ -175,6 +192,97 @@ def test_a_round_that_was_planned_but_never_sent_is_sent(three_sites: Federation
         serve_all(three_sites, stack)
         three_sites.wait(job.job_id, "completed", "failed")
     assert_same_as_reference(three_sites, job.job_id)
+
+
+def test_a_round_that_cannot_be_sent_keeps_no_other_round_from_its_deadline(three_sites: Federation) -> None:
+    services = three_sites.services
+    poison = new_job(  # `submit` would refuse it: no message holds such a number
+        three_sites.spec(config={"x": 2**70}, round_deadline_seconds=2), sites=NAMES, model_id=None, submitted_by="test"
+    )
+    with writing(services.engine) as connection:
+        add_job(connection, poison)
+    with three_sites.coordinator():
+        job = submit(services, three_sites.spec(round_deadline_seconds=1))  # which nobody answers
+        three_sites.wait(job.job_id, "failed")
+        three_sites.wait(poison.job_id, "failed")
+    assert "no answer before the deadline" in three_sites.job(job.job_id).reason
+
+
+def test_an_abort_and_the_end_of_a_round_do_not_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL would end one of two transactions that change a job and its round in different orders."""
+    together = threading.Barrier(2)
+
+    def meet(change: Callable[..., bool]) -> Callable[..., bool]:
+        def changed(*arguments: Any, **values: Any) -> bool:
+            result = change(*arguments, **values)
+            with suppress(threading.BrokenBarrierError):  # one of the two has to wait before it comes here
+                together.wait(1)
+            return result
+
+        return changed
+
+    monkeypatch.setattr("coordinator.closing.close_round", meet(closing.close_round))
+    monkeypatch.setattr("coordinator.submitting.finish", meet(submitting.finish))
+    with PostgresServer() as server, federation(tmp_path, "alpha", database_url=server.new_database()) as made:
+        services = made.services
+        job = submit(services, made.spec())
+        closing.start_job(services, job.job_id)
+        (round_,) = job_progress(services, job.job_id).rounds
+        with writing(services.engine) as connection:
+            drop_waiting(connection, round_.round_id, "test")
+        with ThreadPoolExecutor(2) as pool:
+            settled = pool.submit(closing.settle_round, services, round_.round_id)
+            aborted = pool.submit(submitting.abort, services, job.job_id, "test")
+            settled.result(20)
+            with suppress(Conflict):  # the round's end may have been first
+                aborted.result(20)
+        assert made.job(job.job_id).state in (JobState.ABORTED, JobState.FAILED)
+
+
+def test_a_site_that_never_answers_is_asked_ever_more_rarely(
+    three_sites: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = three_sites.services
+    job = submit(services, three_sites.spec(sites=("alpha",), round_deadline_seconds=3600))
+    closing.start_job(services, job.job_id)
+    long_ago = utc_now() - timedelta(hours=1)
+    with writing(services.engine) as connection:
+        connection.execute(update(rounds).values(published_at=long_ago))
+    asked, times = Asked(), []
+    for second in range(200):
+        services.broker.delete(site_queue("alpha"))
+        monkeypatch.setattr("coordinator.sweeper.time.monotonic", lambda second=second: float(second))
+        asked.ask_again(services)
+        if services.broker.llen(site_queue("alpha")):
+            times.append(second)
+    assert times == [0, 1, 3, 7, 15, 31, 63, 127]
+
+
+def test_a_process_may_open_as_many_files_as_a_round_has_updates() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        closing._allow_open_files(512)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (512, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_broker_that_has_stopped_to_answer_is_told_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.broker._ANSWER_SECONDS", 0.3)
+    with valkey() as server:
+        client = connect(Settings(broker_url=SecretStr(server.url)))
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(BrokerUnavailable, match="The broker does not answer"):
+                read_heartbeats(client, ["alpha"])
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+            client.close()
 
 
 def test_a_round_whose_aggregating_process_is_gone_is_taken_up_when_the_lease_runs_out(

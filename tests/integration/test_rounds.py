@@ -1,11 +1,13 @@
 """Rounds through a real Valkey and a real coordinator process, with sites that follow a script."""
 
+import base64
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -27,8 +29,9 @@ from coordinator.progress import JobProgress, job_progress
 from coordinator.rounds import Part, RoundKind, RoundState
 from coordinator.submitting import abort, submit
 from store.database import reading, writing
-from store.models import find_models, lineage
+from store.models import ModelInfo, add_model, find_models, lineage
 from store.parties import set_enabled
+from store.weights import store_weights
 from tests.federation import Federation, ScriptedSite, federation, wait_until
 
 FIRST = {"w": np.zeros(3, np.float32), "n": np.array(0, np.int64)}
@@ -213,6 +216,61 @@ def test_another_site_builds_the_first_model_when_the_first_one_cannot(running: 
     assert running.job(job.job_id).state is JobState.COMPLETED
 
 
+def test_a_site_that_was_not_asked_for_the_first_model_cannot_give_one(running: Federation) -> None:
+    services = running.services
+    known = store_weights(services.blobs, update(666), services.settings.shard_bytes)  # as from an earlier job
+    ours = store_weights(services.blobs, update(7), services.settings.shard_bytes)
+    given = ModelInfo(store="test", model_hash=ours.index.digest, model_size=ours.size, shards=ours.shards)
+    with writing(services.engine) as connection:
+        add_model(connection, given)
+    job = submit(services, running.spec(sites=("alpha", "beta"), min_sites=1, initial_model={"model": given.model_id}))
+    alpha, beta = running.sites["alpha"], running.sites["beta"]
+    shards = tuple(Shard(digest=shard.digest, size=shard.size) for shard in known.shards)
+    alpha.answer(alpha.receive(), shards=shards)
+    beta.start()
+    message = beta.receive()
+    assert beta.tensors(message)["w"].tolist() == [7, 7, 7]
+    assert running.job(job.job_id).model_id == given.model_id
+    alpha.answer(alpha.receive(), update(1))
+    beta.answer(message, update(1))
+    finish(alpha, beta)
+
+
+def test_an_update_of_more_shards_than_tensors_is_quarantined_unread(running: Federation) -> None:
+    job_id, (alpha, beta) = begin(running, "alpha", "beta", min_sites=1)
+    alpha.answer(alpha.receive(), shards=(Shard(digest="0" * 64, size=10),) * 3)
+    beta.answer(beta.receive(), update(2))
+    finish(alpha, beta)
+    assert parts(running, job_id)["alpha"].reason == "The update has 3 shards; there can be 2."
+
+
+def test_no_metric_can_end_a_job(running: Federation) -> None:
+    """Its name may be one of a log record's own, and its value such that a sum overflows."""
+    job_id, (alpha, beta) = begin(running, "alpha", "beta", rounds=2)
+    metrics: dict[str, float | None] = {"message": 1.0, "name": 2.0, "huge": 1e308, "a\x00b": 1.0, "job": 3.0}
+    for _ in range(2):
+        for site in (alpha, beta):
+            site.answer(site.receive(), update(1), num_examples=100, metrics=metrics)
+    assert finish(alpha, beta).state == "completed"
+    newest = progress(running, job_id).newest
+    assert newest is not None
+    assert newest.metrics == {"message": 1.0, "name": 2.0, "a\x00b": 1.0, "job": 3.0}
+    assert "cannot be aggregated" not in running.log()
+
+
+def test_references_live_as_long_as_the_longest_round_that_a_job_may_have(running: Federation) -> None:
+    longest = running.services.settings.reference_seconds
+    with pytest.raises(InvalidJobFile, match=r"round_deadline_seconds: it is .* raise FEDCHORD_REFERENCE_SECONDS"):
+        submit(running.services, running.spec(round_deadline_seconds=longest + 1))
+    _, (alpha,) = begin(running, "alpha", round_deadline_seconds=longest)
+    message = alpha.receive()
+    assert isinstance(message, UpdateRoundStart)
+    expires_at = int(Path(message.model.shards[0].url).name.partition("-")[0])
+    assert expires_at > message.deadline_at + 60
+    alpha.answer(message, update(1))
+    finish(alpha)
+
+
 def test_an_answer_that_comes_twice_counts_once(running: Federation) -> None:
     job_id, (alpha, beta) = begin(running, "alpha", "beta")
     message = alpha.receive()
@@ -250,11 +308,36 @@ def test_what_is_no_message_does_not_stop_the_coordinator(running: Federation) -
     assert finish(alpha, beta).state == "completed"
 
 
+def element(*, body: object = ([], {}, {}), **changes: object) -> bytes:
+    """Return a task's message as Celery writes it to the queue, but for the changes: of headers, or of `properties`."""
+    message: dict[str, Any] = {
+        "body": base64.b64encode(msgpack.packb(body)).decode(),
+        "content-type": changes.pop("content_type", "application/x-msgpack"),
+        "content-encoding": "binary",
+        "headers": {"task": "coordinator.update_ready", "id": "x", "retries": 0, "timelimit": [None, None]},
+        "properties": {
+            "delivery_tag": "t",
+            "delivery_info": {"exchange": "", "routing_key": "coordinator"},
+            "body_encoding": "base64",
+        },
+    }
+    message["headers"].update(changes)
+    return json.dumps(message).encode()
+
+
 @pytest.mark.parametrize(
     "element",
-    [b"", b"not json", b"[]", b"{}", b"null", b"\xff\xfe", b"[" * 100_000, b'{"properties": 1}', b"7" * 10**6],
-    ids=["empty", "text", "list", "dict", "null", "bytes", "deep", "no properties", "large"],
-)
+    [b"", b"not json", b"[]", b"{}", b"null", b"\xff\xfe", b"[" * 100_000, b'{"properties": 1}', b"7" * 10**6,
+     b'"' + b"7" * 17 * 2**20 + b'"', element(task={}), element(task=[1]), element(id={"a": 1}), element(id=None),
+     element(timelimit=5), element(timelimit=[1]), element(eta=[]), element(expires={}), element(stamped_headers=5),
+     element(content_type=None), element(content_type={"a": 1}), element(body=None), element(body=3), element(body=[1]),
+     element(compression="application/x-gzip"), element(retries="1"), element(group=["g"]),
+     element(body=([], {}, {"callbacks": [{"task": "site.training_start", "options": {"queue": "site.beta"}}]}))],
+    ids=["empty", "text", "list", "dict", "null", "bytes", "deep", "no properties", "large", "huge", "dict as task",
+         "list as task", "dict as id", "no id", "number as time limits", "one time limit", "list as eta",
+         "dict as expiry", "stamps", "no content type", "dict as content type", "no body", "number as body",
+         "short body", "compressed", "text as retries", "list as group", "callbacks"],
+)  # fmt: skip
 def test_a_poisonous_element_is_set_aside_with_its_reason(running: Federation, element: bytes) -> None:
     broker = running.services.broker
     broker.delete(dead_letter_key("coordinator"))
@@ -320,6 +403,14 @@ def test_a_swag_round_collects_both_moments(running: Federation) -> None:
     assert newest.model_state == 30
 
 
+def test_a_first_model_that_no_site_could_train_is_refused(running: Federation, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"w": np.float32([0, np.nan])}, tmp_path / "nan.safetensors")
+    with pytest.raises(InvalidJobFile, match="cannot be trained: Tensor 'w' is not finite: element 1 is NaN"):
+        submit(running.services, running.spec(initial_model={"file": tmp_path / "nan.safetensors"}))
+
+
 def test_a_job_can_go_on_from_a_stored_model_and_from_a_file(running: Federation, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
@@ -341,6 +432,10 @@ def test_a_job_can_go_on_from_a_stored_model_and_from_a_file(running: Federation
     [
         ({"sites": ("alpha", "delta")}, "sites: no site 'delta'; enrolled are alpha, beta, gamma"),
         ({"trainer": "unknown"}, "trainer: 'unknown' is not on the list of alpha, beta, gamma; offered are constant"),
+        ({"config": {"x": 2**70}}, "config or strategy: a value cannot be sent .*use finite numbers"),
+        ({"config": {"x": float("nan")}}, "config or strategy: a value cannot be sent"),
+        ({"config": {"x": "x" * 2**20}}, "config: it has 104.* bytes and may have 1048576; put data at the sites"),
+        ({"strategy": {"name": "fedprox", "mu": float("inf")}}, "config or strategy: a value cannot be sent"),
         ({"min_sites": 4}, "min_sites: the quorum is 4, but the job has 3 sites"),
     ],
 )

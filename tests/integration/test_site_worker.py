@@ -43,13 +43,17 @@ from tests.servers import die_with_parent, free_ports, valkey, wait_for
 SITE = "alpha"
 TRAINER = '''
 import os
+import time
 from pathlib import Path
 import numpy as np
 from worker.trainer import Evaluation, Fit, Trainer
 
 
 class Adder(Trainer):
-    """Adds one; tells its process in the site's data folder, and trains for as long as a file `hold` is there."""
+    """Adds one; tells its process in the site's data folder, and trains for as long as a file `hold` is there.
+
+    With `hang` in the config it hears of nothing any more, and a file `hang` tells that it does.
+    """
 
     def build(self):
         return {"w": np.zeros(3, np.float32)}
@@ -57,6 +61,9 @@ class Adder(Trainer):
     def fit(self, tensors, step):
         with (self.context.data / "fits").open("a") as file:
             print(os.getpid(), step.round, file=file)
+        if self.context.config.get("hang"):
+            (self.context.data / "hang").touch()
+            time.sleep(600)
         while (self.context.data / "hold").exists():
             step.report(0.5, "waiting")
         return Fit(tensors={"w": tensors["w"] + 1}, num_examples=3)
@@ -116,7 +123,7 @@ class Coordinator:
         """Return the message as it is sent."""
         return Envelope.seal(message, sender=COORDINATOR, recipient=SITE, key=self.key)
 
-    def send(self, message: Message, *, envelope: bytes | None = None) -> None:
+    def send(self, message: Message, *, envelope: bytes | None = None, **options: Any) -> None:
         """Put the message, or other bytes in its place, on the site's queue."""
         self.app.send_task(
             SITE_TASKS[Kind(message.kind)],
@@ -124,6 +131,7 @@ class Coordinator:
             queue=site_queue(SITE),
             task_id=getattr(message, "task_id", None),
             argsrepr="(test, round 1)",
+            **options,
         )
 
     def receive(self) -> Any:
@@ -237,6 +245,20 @@ def test_a_site_trains_answers_and_stops_cleanly(coordinator: Coordinator) -> No
         process.terminate()
         assert process.wait(20) == 0
         assert coordinator.heartbeat() is None
+
+
+def test_a_trainer_that_hangs_for_ever_gives_its_slot_back_at_the_time_limit(coordinator: Coordinator) -> None:
+    with run_site(coordinator.folder):
+        hung = coordinator.part(config={"hang": True}, deadline_at=time.time() + 6)
+        coordinator.send(hung, time_limit=7)
+        wait_for((coordinator.settings.site_data / "hang").exists, seconds=20, what="the trainer to hang")
+        part = coordinator.part(config={"hang": False})
+        coordinator.send(part)
+        late = coordinator.receive()  # from the process that is told to end, or, after a kill, from the next
+        assert isinstance(late, PartDeclined)
+        assert late.task_id == hung.task_id
+        assert coordinator.receive().task_id == part.task_id
+        assert len(coordinator.fits()) == 2
 
 
 def test_what_a_site_cannot_or_will_not_do_is_answered(coordinator: Coordinator) -> None:

@@ -121,3 +121,7 @@ def test_the_pinned_average_of_a_fixed_seed() -> None:
 
 
 PINNED = [3206259515, 3213121342, 1058766274, 1054959480]  # float32 bits, computed by `reference`
+
+
+def test_a_metric_that_overflows_has_no_mean() -> None:
+    assert weighted_metrics([{"a": 1e308, "b": 1.0}, {"a": 1.0, "b": 3.0}], [100, 100]) == {"b": 2.0}

@@ -39,5 +39,5 @@ def test_what_is_no_key_is_refused_with_the_reason(text: str, trouble: str) -> N
 
 
 def test_a_missing_key_file_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(InvalidSettings, match="`fedchord up` makes a coordinator's key"):
+    with pytest.raises(InvalidSettings, match="`fedchord up` and `fedchord keys new` make a coordinator's key"):
         SigningKey.load(tmp_path / "none.key")

@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from common.errors import Declined
+from common.errors import Declined, InvalidInput
 from common.messages import (
     ANSWERS,
     COORDINATOR,
@@ -103,6 +103,10 @@ BEHAVIOURS: dict[str, Callable[[Tensors], Any]] = {
     "no tensors": lambda tensors: Fit(tensors={}, num_examples=1),
     "objects": lambda tensors: Fit(tensors={"w": np.array([object()])}, num_examples=1),
     "count": lambda tensors: Fit(tensors=tensors, num_examples=-1),
+    "absurd count": lambda tensors: Fit(tensors=tensors, num_examples=10**30),
+    "metrics": lambda tensors: Fit(tensors=tensors, num_examples=1, metrics=dict.fromkeys(map(str, range(1001)), 1.0)),
+    "metric name": lambda tensors: Fit(tensors=tensors, num_examples=1, metrics={"m" * 201: 1.0}),
+    "surrogate": lambda tensors: (_ for _ in ()).throw(InvalidInput("Not \udc80 text.")),
     "metric": lambda tensors: Fit(tensors=tensors, num_examples=1, metrics={"m": "high"}),  # type: ignore[dict-item]  # the mistake under test
     "finish": lambda tensors: Fit(tensors=tensors, num_examples=1),
 }
@@ -391,7 +395,11 @@ def test_an_exception_is_told_without_the_data_that_it_quotes(bench: Bench, capl
         ("no tensors", "The trainer gave dict instead of arrays by name"),
         ("objects", "Arrays of object cannot be stored"),
         ("count", "The trainer's num_examples is -1"),
+        ("absurd count", "The trainer's num_examples is 1000000000000000000000000000000"),
         ("metric", "The trainer's metric 'm' is not a number"),
+        ("metrics", "The trainer gives 1001 metrics; correct it to give 1000 at most."),
+        ("metric name", "The trainer's metric 'mmm"),
+        ("surrogate", "Not ? text."),
     ],
 )
 def test_a_trainer_that_misbehaves_fails_its_part_and_nothing_else(bench: Bench, behaviour: str, reason: str) -> None:
@@ -505,6 +513,17 @@ def test_the_end_of_a_job_lets_the_trainer_finish_and_forgets_the_job(bench: Ben
     assert len(bench.sent) == 1  # it is not answered
     site.handle(bench.seal(finished), "celery-id")  # it may come twice
     assert len(Recorder.calls) == 2
+
+
+def test_the_end_of_a_job_forgets_receipts_that_no_message_can_ask_for(bench: Bench) -> None:
+    site = bench.site()
+    bench.ask(bench.part(UpdateRoundStart), site=site)
+    (receipt,) = (bench.settings.site_folder / "receipts").iterdir()
+    site.handle(bench.seal(TrainingFinished(job_id="job", state="completed")), "end")
+    assert receipt.exists()
+    os.utime(receipt, (0, 0))
+    site.handle(bench.seal(TrainingFinished(job_id="job", state="completed")), "end")
+    assert not receipt.exists()
 
 
 def test_a_process_that_never_saw_the_job_can_finish_it(bench: Bench) -> None:
