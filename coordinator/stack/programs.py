@@ -42,7 +42,7 @@ def stack_programs(folder: StackFolder, stack: Stack) -> tuple[list[Program], li
         Program(name=BROKER, command=tuple(valkey_command(folder)), folder=folder.path, priority=10),
         Program(
             name=COORDINATOR,
-            command=(*_CELERY, "-A", "coordinator", "worker", "-n", "coordinator@%%h"),
+            command=(*_CELERY, "-A", "coordinator", "worker", *_events(stack), "-n", "coordinator@%%h"),
             folder=folder.path,
             environment=coordinator,
             priority=20,
@@ -67,7 +67,8 @@ def stack_programs(folder: StackFolder, stack: Stack) -> tuple[list[Program], li
 def _site(folder: StackFolder, stack: Stack, name: str) -> Program:
     return Program(
         name=name,
-        command=(*_CELERY, "-A", "worker", "worker", "-n", f"{name}@%%h"),  # %% is supervisord's way to say %
+        # %% is supervisord's way to say %
+        command=(*_CELERY, "-A", "worker", "worker", *_events(stack), "-n", f"{name}@%%h"),
         folder=stack.working_folder,
         environment={
             CONFIG_VARIABLE: str(folder.site(name) / SETTINGS_FILE),
@@ -75,6 +76,11 @@ def _site(folder: StackFolder, stack: Stack, name: str) -> Program:
         },
         priority=40,
     )
+
+
+def _events(stack: Stack) -> tuple[str, ...]:
+    """Return the option that lets Flower see tasks from the first one on; it asks for them only after 5 seconds."""
+    return ("-E",) if stack.flower_port is not None else ()
 
 
 def write_supervisor_file(folder: StackFolder, stack: Stack) -> None:
