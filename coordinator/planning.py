@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection
 
 from common.queues import Kind
 from coordinator.jobs import LIVE, Job, JobState, change_job, end_job
 from coordinator.outbox import add_notices
 from coordinator.rounds import Round, RoundKind, add_round
 from store.parties import sites as enrolled_sites
-from store.tables import rounds, utc_now
+from store.tables import utc_now
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +100,3 @@ def finish(connection: Connection, job: Job, state: JobState, reason: str = "") 
         return False
     add_notices(connection, Kind.TRAINING_FINISHED, job.job_id, job.spec.sites or job.sites, reason)
     return True
-
-
-def has_rounds(connection: Connection, job_id: str) -> bool:
-    """Return whether the job's first round is planned."""
-    query = select(func.count()).select_from(rounds).where(rounds.c.job_id == job_id)
-    return bool(connection.execute(query).scalar())

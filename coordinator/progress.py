@@ -1,6 +1,5 @@
 """See how far a job is: what the operator's tables and bars show."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sqlalchemy import Connection
@@ -72,9 +71,3 @@ def _rounds_since(connection: Connection, since: JobProgress) -> tuple[Round, ..
         return tuple(find_rounds(connection, since.job.job_id))
     kept = [round_ for round_ in since.rounds if round_.created_at < going_on.created_at]
     return (*kept, *find_rounds(connection, since.job.job_id, created_from=going_on.created_at))
-
-
-def site_metrics(services: Services, round_id: str) -> Mapping[str, Mapping[str, float | None]]:
-    """Return each site's own metrics of a round."""
-    with reading(services.engine) as connection:
-        return {part.site: part.metrics for part in find_parts(connection, round_id)}

@@ -165,7 +165,7 @@ def _anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_prose_names_no_machine_and_no_registry(page: Path) -> None:
-    assert not re.search(r"/root/|/home/\w|/simple/\w", TEXTS[page])
+    assert not re.search(r"/work/|/root/|/home/\w|/simple/\w|(?i:pypi\.\w)|hosted\.org|download\.\w+\.org", TEXTS[page])
 
 
 def toml_blocks() -> list[tuple[Path, str]]:
