@@ -37,6 +37,7 @@ from coordinator.rounds import (
     Round,
     RoundKind,
     RoundState,
+    body_task_id,
     builder,
     find_parts,
     get_round,
@@ -234,7 +235,7 @@ def _callback(services: Services, round_id: str) -> Signature[Any]:
         CoordinatorTask.AGGREGATE.value,  # a StrEnum has a `name`, which Celery takes for a task
         kwargs={"round_id": round_id},
         options={
-            "task_id": f"{round_id}.aggregate",
+            "task_id": body_task_id(round_id),
             "queue": COORDINATOR_QUEUE,
             "argsrepr": round_id,
             "ignore_result": True,

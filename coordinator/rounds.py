@@ -87,11 +87,6 @@ class Round:
         """Return the round's name for people."""
         return "the start" if self.kind is RoundKind.START else f"{self.kind} round {self.number}"
 
-    @property
-    def body_task_id(self) -> str:
-        """Return the task id of the chord's callback."""
-        return f"{self.round_id}.aggregate"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -157,6 +152,11 @@ _ANSWER = (
 )
 
 
+def body_task_id(round_id: str) -> str:
+    """Return the task id of the callback of the round's chord."""
+    return f"{round_id}.aggregate"
+
+
 def add_round(connection: Connection, round_: Round, sites: tuple[str, ...]) -> bool:
     """Record the round and its parts, in the order of the sites' names; return False if it is recorded already."""
     known = select(rounds.c.round_id).where(rounds.c.round_id == round_.round_id)
@@ -170,7 +170,7 @@ def add_round(connection: Connection, round_: Round, sites: tuple[str, ...]) -> 
             kind=round_.kind.value,
             state=round_.state.value,
             group_id=round_.round_id,
-            body_task_id=round_.body_task_id,
+            body_task_id=body_task_id(round_.round_id),
             input_model_id=round_.input_model_id,
             deadline_at=round_.deadline_at,
             created_at=round_.created_at,
