@@ -5,16 +5,22 @@
     │   ├── InvalidSettings                a setting, variable or settings file
     │   ├── InvalidJobFile                 a field of a job file
     │   ├── InvalidTensors                 bytes that are not the safetensors they should be
+    │   ├── TooLarge                       more than a limit allows
+    │   ├── BrokenUpload                   an upload that ended early, or is not what it says
     │   └── InvalidMessage                 a message that cannot be read
     │       ├── UnknownVersion             written by a newer FedChord
     │       ├── UnknownKind                of a kind that this version does not know
     │       └── BadSignature               not signed by who it says
     ├── NotFound (LookupError)         3   no such job, site, model or blob
     ├── Conflict                       4   the thing is not in a state that allows this
+    │   ├── NoUpstream                     a model store feeds no other, or several and none is named
+    │   └── UpstreamCycle                  a model store's way up leads back to itself
+    ├── AccessDenied (PermissionError) 4   the caller may not do this
     ├── Unavailable (ConnectionError)  5   a service, port or disk that we need is not there
     │   ├── BrokerUnavailable
     │   ├── StoreUnavailable
     │   ├── DatabaseUnavailable
+    │   ├── UpstreamUnavailable            the upstream model store does not answer, or not sensibly
     │   ├── PortInUse
     │   └── DiskFull
     ├── UpdateRejected                 1   the gate's verdict on an update
@@ -59,6 +65,14 @@ class InvalidTensors(InvalidInput):
     """The bytes are not valid safetensors; write them with FedChord or the safetensors library."""
 
 
+class TooLarge(InvalidInput):
+    """The input is larger than the limit; send less, or have the limit raised in the settings."""
+
+
+class BrokenUpload(InvalidInput):
+    """The upload is not whole; send it again."""
+
+
 class InvalidMessage(InvalidInput):
     """The message cannot be read; check that sender and receiver run compatible versions."""
 
@@ -87,6 +101,20 @@ class Conflict(FedChordError):
     exit_code = 4
 
 
+class NoUpstream(Conflict):
+    """The model store has no upstream; add one with `fedchord store upstreams add`."""
+
+
+class UpstreamCycle(Conflict):
+    """The way up from the model store leads back to itself; correct or remove one of the upstreams."""
+
+
+class AccessDenied(FedChordError, PermissionError):
+    """The API key and secret do not allow this; ask the operator of the model store."""
+
+    exit_code = 4
+
+
 class Unavailable(FedChordError, ConnectionError):
     """A service that is needed does not answer; start it and try again."""
 
@@ -103,6 +131,10 @@ class StoreUnavailable(Unavailable):
 
 class DatabaseUnavailable(Unavailable):
     """The database does not answer; start it or correct FEDCHORD_DATABASE_URL."""
+
+
+class UpstreamUnavailable(Unavailable):
+    """The upstream model store does not answer as it should; check its URL and that it runs."""
 
 
 class PortInUse(Unavailable):

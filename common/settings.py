@@ -85,6 +85,43 @@ class Settings(BaseSettings):
     )
     coordinator_threads: int = Field(4, ge=1, description="How many messages a coordinator worker handles at once.")
 
+    # The model store's service
+    http_host: str = Field(
+        "127.0.0.1", description="The address at which the model store's service listens; with open access, loopback only."
+    )
+    http_port: int = Field(8790, ge=0, le=65535, description="Its port; 0 takes any free one.")
+    http_access: Literal["open", "keys"] = Field(
+        "open",
+        description="'open': everybody on this machine may do everything; 'keys': tenants, each with an API key and secret.",
+    )
+    http_idle_seconds: float = Field(
+        60.0, gt=0, description="How long an upload to the service may go without a byte, in seconds."
+    )
+    max_model_gigabytes: float = Field(
+        100.0, gt=0, description="The largest file that the service takes, in 10^9 bytes."
+    )
+    max_meta_kilobytes: int = Field(
+        64, ge=1, le=4096, description="The largest model_meta that is kept, as JSON, in KiB."
+    )
+    tenant_id: str = Field("", max_length=100, description="The id of this node's own organisation, for upstream stores.")
+    tenant_name: str = Field("", max_length=200, description="Its name, for people.")
+    upstream_url: str = Field(
+        "", description="The service that this node's model stores feed, unless a store has an upstream of its own."
+    )
+    upstream_api_key: str = Field("", description="This node's API key there.")
+    upstream_secret: SecretStr = Field(SecretStr(""), description="This node's secret there.")
+    upstream_timeout_seconds: float = Field(
+        30.0, gt=0, description="How long an upstream may go without a byte, in seconds."
+    )
+    store_key_file: Path = Field(
+        Path("store.key"), description="The key that encrypts the upstreams' secrets in the records; made when missing."
+    )
+
+    # The model store's client
+    store_url: str = Field("http://127.0.0.1:8790", description="The service that `store.client.Api()` speaks to.")
+    store_api_key: str = Field("", description="The API key that it sends.")
+    store_secret: SecretStr = Field(SecretStr(""), description="The secret that it sends.")
+
     # The site
     site_name: str = Field("", description="The site's name: 1 to 63 lower-case letters, digits, hyphens.")
     site_data: Path = Field(Path("data"), description="The data that trainers at this site may read.")
