@@ -196,6 +196,8 @@ def _translated(engine: Engine) -> Iterator[None]:
         raise DatabaseUnavailable(
             f"All connections to {_name(engine)} are in use; run fewer threads in this process."
         ) from error
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"A text holds half of a character ({error}); leave it out.") from error
     except exc.StatementError as error:
         translation = _translation(engine, error)
         if translation is None:

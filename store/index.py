@@ -87,7 +87,9 @@ def parse_index(data: bytes) -> Weights:
         if build_index(schema, shard_of, shards) != data:
             raise ValueError("it is not in the canonical form")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InvalidTensors(f"The index of the model cannot be read ({error!r}); store the model again.") from error
+        raise InvalidTensors(
+            f"The index cannot be read ({type(error).__name__}: {str(error)[:200]}); store the model again."
+        ) from error
     return describe_weights(schema, shard_of, shards, data)
 
 

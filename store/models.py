@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import IntEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, bindparam, delete, exc, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, exc, func, insert, select, text, update
 
 from common.errors import Conflict, NotFound
 from store.blobs import Blob
@@ -39,7 +39,8 @@ class ModelInfo:
     model_description: str = ""
     model_meta: Mapping[str, Any] = field(default_factory=dict)  # whatever its maker wants to keep with it, as JSON
     model_state: ModelState = ModelState.CREATED
-    model_hash: str  # digest of the tensors' index, or of the bytes of an opaque file
+    model_hash: str  # digest of the file that was put, or of the index of what a job made
+    index_hash: str | None = None  # digest of the tensors' index, None for an opaque file
     model_size: int  # bytes of all shards
     round: int = 0  # of the job, 0 for a model that no round made
     hop_count: int = 0  # coordinators between its maker and this one
@@ -53,6 +54,8 @@ class ModelInfo:
     metrics: Mapping[str, Any] = field(default_factory=dict)  # by name
     shards: tuple[Blob, ...] = ()  # in the order of the index
     created_at: datetime = field(default_factory=utc_now)
+    origin_node: str | None = None  # the node that this is a copy from, None for one made here
+    origin_model_id: str | None = None  # its id there
     sequence: int = 0  # the order in which models were added; the database gives it
 
 
@@ -75,8 +78,23 @@ class Lineage:
 
 
 # Statements that are asked for often are built once: to build one costs as much as to run it.
-_SELECT = select(*(model_info.c[column.name] for column in fields(ModelInfo)))
+_COLUMNS = tuple(column.name for column in fields(ModelInfo))
+_SELECT = select(*(model_info.c[name] for name in _COLUMNS))
 _SELECT_ONE = _SELECT.where(model_info.c.model_id == bindparam("model_id"))
+_SELECT_COPY = _SELECT.where(
+    model_info.c.store == bindparam("store"),
+    model_info.c.origin_node == bindparam("origin_node"),
+    model_info.c.origin_model_id == bindparam("origin_model_id"),
+)
+_SELECT_SAME = _SELECT.where(model_info.c.model_hash == bindparam("model_hash")).order_by(model_info.c.sequence.desc())
+# Written out, so that the database sees that it can use the index that holds only these.
+_FEEDBACKED = (model_info.c.store == bindparam("store"), text("model_state = 20"))
+_HIGHEST_FEEDBACKED = select(model_info.c.round).where(*_FEEDBACKED).order_by(model_info.c.round.desc()).limit(1)
+_NEWEST_FEEDBACKED = (
+    select(func.max(model_info.c.sequence))
+    .where(*_FEEDBACKED, model_info.c.round == bindparam("round"))
+    .group_by(model_info.c.tenant_id, model_info.c.site, model_info.c.origin_node)
+)
 _INSERT = insert(model_info).returning(model_info.c.sequence)
 
 
@@ -93,7 +111,7 @@ def add_model(connection: Connection, info: ModelInfo) -> ModelInfo:
 
 def get_model(connection: Connection, model_id: str) -> ModelInfo:
     """Return the model; raise NotFound if there is none with that id."""
-    row = connection.execute(_SELECT_ONE, {"model_id": model_id}).mappings().first()
+    row = connection.execute(_SELECT_ONE, {"model_id": model_id}).first()
     if row is None:
         raise _no_model(model_id)
     return _model(row)
@@ -103,10 +121,10 @@ def find_model(connection: Connection, beginning: str) -> ModelInfo:
     """Return the model whose id is, or alone begins with, the text; raise NotFound if there is none or more."""
     begins = model_info.c.model_id.startswith(beginning, autoescape=True)
     shortest_first = func.length(model_info.c.model_id)  # the id that is the text comes before those that go on
-    rows = connection.execute(_SELECT.where(begins).order_by(shortest_first).limit(2)).mappings().all()
+    rows = connection.execute(_SELECT.where(begins).order_by(shortest_first).limit(2)).all()
     if not rows or not beginning:
         raise NotFound(f"There is no model whose id begins with {beginning!r}; `fedchord models` lists them.")
-    if len(rows) > 1 and rows[0]["model_id"] != beginning:
+    if len(rows) > 1 and rows[0].model_id != beginning:
         raise NotFound(f"More than one model has an id that begins with {beginning!r}; `fedchord models` lists them.")
     return _model(rows[0])
 
@@ -128,15 +146,19 @@ def find_models(
     state: ModelState | None = None,
     kind: str | None = None,
     round: int | None = None,
+    conditions: ColumnElement[bool] | None = None,
     newest_first: bool = True,
+    order: Sequence[ColumnElement[Any]] = (),
     limit: int | None = None,
     offset: int = 0,
 ) -> tuple[ModelInfo, ...]:
-    """Return the models for which all that is given holds."""
+    """Return the models for which all that is given holds, in the order if there is one (see `store.conditions`)."""
     matching = _matching(store=store, job_id=job_id, state=state, kind=kind, round=round)
-    order = model_info.c.sequence.desc() if newest_first else model_info.c.sequence
-    query = _SELECT.where(*matching).order_by(order).limit(limit).offset(offset)
-    return tuple(_model(row) for row in connection.execute(query).mappings())
+    if conditions is not None:
+        matching.append(conditions)
+    ordered = order or (model_info.c.sequence.desc() if newest_first else model_info.c.sequence,)
+    query = _SELECT.where(*matching).order_by(*ordered).limit(limit).offset(offset)
+    return tuple(_model(row) for row in connection.execute(query).all())
 
 
 def latest_model(
@@ -151,8 +173,45 @@ def latest_model(
     """Return the model that was added last among those for which all that is given holds, or None."""
     matching = _matching(store=store, job_id=job_id, state=state, kind=kind, round=round)
     query = _SELECT.where(*matching).order_by(model_info.c.sequence.desc()).limit(1)
-    row = connection.execute(query).mappings().first()
+    row = connection.execute(query).first()
     return None if row is None else _model(row)
+
+
+def count_models(connection: Connection, store: str, conditions: ColumnElement[bool] | None = None) -> int:
+    """Return how many models of the model store meet the conditions."""
+    query = select(func.count()).select_from(model_info).where(model_info.c.store == store)
+    return connection.scalars(query if conditions is None else query.where(conditions)).one()
+
+
+def find_copy(connection: Connection, store: str, origin_node: str, origin_model_id: str) -> ModelInfo | None:
+    """Return the model store's copy of another node's model, or None."""
+    row = connection.execute(
+        _SELECT_COPY, {"store": store, "origin_node": origin_node, "origin_model_id": origin_model_id}
+    )
+    found = row.first()
+    return None if found is None else _model(found)
+
+
+def find_by_hash(connection: Connection, stores: Sequence[str], model_hash: str) -> ModelInfo | None:
+    """Return the newest model of the hash in one of the model stores, or None."""
+    rows = connection.execute(_SELECT_SAME, {"model_hash": model_hash})
+    wanted = frozenset(stores)
+    return next((_model(row) for row in rows if row.store in wanted), None)
+
+
+def latest_feedbacked(connection: Connection, store: str, round: int | None = None) -> tuple[ModelInfo, ...]:
+    """Return the newest model that each origin fed back in the round, the newest first.
+
+    An origin is a tenant, site and node. Without a round it is the highest in which anything was fed back.
+    """
+    if round is None:
+        round = connection.scalar(_HIGHEST_FEEDBACKED, {"store": store})
+    newest = connection.scalars(_NEWEST_FEEDBACKED, {"store": store, "round": round}).all()
+    found: list[ModelInfo] = []
+    for start in range(0, len(newest), 1000):
+        rows = connection.execute(_SELECT.where(model_info.c.sequence.in_(newest[start : start + 1000])))
+        found.extend(map(_model, rows))
+    return tuple(sorted(found, key=lambda model: model.sequence, reverse=True))
 
 
 def set_metrics(connection: Connection, model_id: str, metrics: Mapping[str, Any]) -> None:
@@ -171,6 +230,19 @@ def delete_model(connection: Connection, model_id: str) -> None:
         raise Conflict(f"Model {model_id} is the current one of job {users[0]}; wait for the job or abort it first.")
     if connection.execute(delete(model_info).where(model_info.c.model_id == model_id)).rowcount == 0:
         raise _no_model(model_id)
+
+
+def delete_models(connection: Connection, store: str) -> int:
+    """Forget all models of the model store and return how many; raise Conflict while a job goes on from one."""
+    ours = select(model_info.c.model_id).where(model_info.c.store == store)
+    user = connection.execute(
+        select(jobs.c.job_id, jobs.c.model_id).where(jobs.c.finished_at.is_(None), jobs.c.model_id.in_(ours)).limit(1)
+    ).first()
+    if user is not None:
+        raise Conflict(
+            f"Model {user.model_id} is the current one of job {user.job_id}; wait for the job or abort it first."
+        )
+    return connection.execute(delete(model_info).where(model_info.c.store == store)).rowcount
 
 
 def lineage(connection: Connection, model_id: str, *, max_models: int = 10_000) -> Lineage:
@@ -215,7 +287,7 @@ def _by_id(connection: Connection, model_ids: Sequence[str]) -> dict[str, ModelI
     found: dict[str, ModelInfo] = {}
     for start in range(0, len(model_ids), 1000):  # a statement holds some ten thousand values at most
         some = model_ids[start : start + 1000]
-        rows = connection.execute(_SELECT.where(model_info.c.model_id.in_(some))).mappings()
+        rows = connection.execute(_SELECT.where(model_info.c.model_id.in_(some)))
         found.update((model.model_id, model) for model in map(_model, rows))
     return found
 
@@ -227,8 +299,8 @@ def _matching(
     return [model_info.c[name] == value for name, value in wanted.items() if value is not None]
 
 
-def _model(row: RowMapping) -> ModelInfo:
-    values: dict[str, Any] = {**row}
+def _model(row: Row[Any]) -> ModelInfo:
+    values: dict[str, Any] = dict(zip(_COLUMNS, row, strict=True))  # a row's own mapping costs more than the query
     values["model_state"] = ModelState(values["model_state"])
     values["parents"] = tuple(values["parents"])
     values["shards"] = tuple(Blob(digest=shard["digest"], size=shard["size"]) for shard in values["shards"])
@@ -236,4 +308,4 @@ def _model(row: RowMapping) -> ModelInfo:
 
 
 def _no_model(model_id: str) -> NotFound:
-    return NotFound(f"There is no model {model_id!r}; `fedchord models` lists those that there are.")
+    return NotFound(f"There is no model {model_id[:80]!a}; `fedchord models` lists those that there are.")

@@ -1,7 +1,7 @@
 """Record the parties of the federation; a site is a party with a name and a public key."""
 
 import uuid
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 
 from sqlalchemy import Connection, RowMapping, bindparam, exc, insert, select, update
@@ -27,6 +27,7 @@ class PartyInfo:
     public_key: str | None  # the key that the site signs with
     enabled: bool  # whether the site may take part in rounds
     reason: str  # why it is disabled, else empty
+    registered_by: str = ""  # id of the tenant that registered it, empty for the operator
 
 
 _SELECT = select(*(party_info.c[field.name] for field in fields(PartyInfo)))
@@ -104,6 +105,72 @@ def remove_site(connection: Connection, name: str) -> None:
     """Forget the site; raise NotFound if it is not enrolled."""
     if connection.execute(delete_from(party_info).where(party_info.c.site == name)).rowcount == 0:
         raise _not_enrolled(name)
+
+
+def add_party(
+    connection: Connection,
+    *,
+    id: str,
+    tenant_id: str,
+    tenant_name: str,
+    description: str,
+    hop_count: int,
+    registered_by: str,
+) -> PartyInfo:
+    """Record a party that is not a site, and return it.
+
+    To register it again changes only by how many hops it is away. Raise Conflict if the id is another tenant's.
+    """
+    now = utc_now()
+    party = PartyInfo(
+        id=id,
+        tenant_id=tenant_id,
+        tenant_name=tenant_name,
+        description=description,
+        hop_count=hop_count,
+        created_at=now,
+        updated_at=now,
+        site=None,
+        public_key=None,
+        enabled=True,
+        reason="",
+        registered_by=registered_by,
+    )
+    known = _find_by_id(connection, id)
+    if known is None:
+        try:
+            with connection.begin_nested():
+                connection.execute(
+                    insert(party_info), {field.name: getattr(party, field.name) for field in fields(party)}
+                )
+        except exc.IntegrityError:  # another was quicker
+            known = _find_by_id(connection, id)
+    if known is None:
+        return party
+    if known.site is not None or (known.registered_by, known.tenant_id) != (registered_by, tenant_id):
+        raise Conflict(f"Party {id} was registered by another tenant; register yours under an id of its own.")
+    again = {"hop_count": hop_count, "updated_at": now}
+    connection.execute(update(party_info).where(party_info.c.id == id).values(again))
+    return replace(known, hop_count=hop_count, updated_at=now)
+
+
+def parties(connection: Connection) -> tuple[PartyInfo, ...]:
+    """Return the registered parties that are not sites, the oldest first."""
+    query = _SELECT.where(party_info.c.site.is_(None)).order_by(party_info.c.created_at, party_info.c.id)
+    return tuple(_party(row) for row in connection.execute(query).mappings())
+
+
+def remove_party(connection: Connection, id: str, *, registered_by: str | None) -> int:
+    """Forget the party if that tenant registered it, or anybody for None; return how many were forgotten, 0 or 1."""
+    ours = [party_info.c.id == id, party_info.c.site.is_(None)]
+    if registered_by is not None:
+        ours.append(party_info.c.registered_by == registered_by)
+    return connection.execute(delete_from(party_info).where(*ours)).rowcount
+
+
+def _find_by_id(connection: Connection, id: str) -> PartyInfo | None:
+    row = connection.execute(_SELECT.where(party_info.c.id == id)).mappings().first()
+    return None if row is None else _party(row)
 
 
 def _find(connection: Connection, name: str) -> PartyInfo | None:

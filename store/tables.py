@@ -1,6 +1,7 @@
 """Declare every table once, the coordinator's own included, so that there is one chain of migrations."""
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +21,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 
 
@@ -64,6 +66,21 @@ class Json(TypeDecorator[Any]):
         json.dumps(value, allow_nan=False)
         return value
 
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+        """Return what reads a stored value: on SQLite faster than the default, for most are empty."""
+        return _read_json if dialect.name == "sqlite" else super().result_processor(dialect, coltype)
+
+
+_decode_json = json.JSONDecoder().raw_decode
+
+
+def _read_json(text: str | float | None) -> Any:
+    if not isinstance(text, str):  # nothing, or a number alone, which SQLite does not keep as text
+        return text
+    if text == "{}":
+        return {}
+    return [] if text == "[]" else _decode_json(text)[0]  # we wrote it: no space comes before it, nothing after
+
 
 # SQLite counts up by itself only in a primary key declared as INTEGER; its integers have 64 bits anyway.
 _Sequence = BigInteger().with_variant(Integer(), "sqlite")
@@ -77,6 +94,8 @@ metadata = MetaData(
     }
 )
 
+_IS_FEEDBACKED = text("model_state = 20")  # store.models.ModelState.FEEDBACKED
+
 model_info = Table(
     "model_info",
     metadata,
@@ -88,7 +107,8 @@ model_info = Table(
     Column("model_description", Text, nullable=False),
     Column("model_meta", Json, nullable=False),
     Column("model_state", Integer, nullable=False),  # store.models.ModelState
-    Column("model_hash", String, nullable=False),  # digest of the tensors' index, or of an opaque file
+    Column("model_hash", String, nullable=False, index=True),  # digest of a file, or of the index of a job's tensors
+    Column("index_hash", String, nullable=True),  # digest of the tensors' index; NULL for an opaque file
     Column("model_size", BigInteger, nullable=False),  # bytes of all shards
     Column("round", Integer, nullable=False),
     Column("hop_count", Integer, nullable=False),
@@ -101,13 +121,32 @@ model_info = Table(
     Column("num_examples", BigInteger, nullable=True),
     Column("metrics", Json, nullable=False),
     Column("shards", Json, nullable=False),  # list of {digest, size}
-    Column("created_at", UtcDateTime, nullable=False, default=utc_now, index=True),
-    # The newest of a store, by what else is asked for: each is one step in an index, however many there are.
-    Index("ix_model_info_store_sequence", "store", "sequence"),
-    Index("ix_model_info_store_model_state_sequence", "store", "model_state", "sequence"),
-    Index("ix_model_info_store_model_kind_sequence", "store", "model_kind", "sequence"),
-    Index("ix_model_info_store_round_sequence", "store", "round", "sequence"),
+    Column("created_at", UtcDateTime, nullable=False, default=utc_now),
+    Column("origin_node", String, nullable=True),  # the node that a copy came from
+    Column("origin_model_id", String, nullable=True),  # its id there
+    # The newest of a store, by what else is asked for: each is one step in an index, however many there are. What
+    # follows `sequence` orders nothing: with it, a row that another condition excludes is passed over in the index.
+    Index("ix_model_info_store_sequence", "store", "sequence", "model_state", "model_kind", "round"),
+    Index("ix_model_info_store_model_state_sequence", "store", "model_state", "sequence", "model_kind", "round"),
+    Index("ix_model_info_store_model_kind_sequence", "store", "model_kind", "sequence", "model_state", "round"),
+    Index("ix_model_info_store_round_sequence", "store", "round", "sequence", "model_state", "model_kind"),
+    Index("ix_model_info_store_created_at_sequence", "store", "created_at", "sequence"),
+    Index("ix_model_info_store_start_datetime_sequence", "store", "start_datetime", "sequence"),
     Index("ix_model_info_job_id_sequence", "job_id", "sequence"),
+    Index("ix_model_info_origin", "store", "origin_node", "origin_model_id", unique=True),  # NULLs do not collide
+    # The newest that each origin fed back: read from the index alone.
+    Index(
+        "ix_model_info_feedbacked",
+        "store",
+        "round",
+        "tenant_id",
+        "site",
+        "origin_node",
+        "sequence",
+        "model_state",
+        sqlite_where=_IS_FEEDBACKED,
+        postgresql_where=_IS_FEEDBACKED,
+    ),
     sqlite_autoincrement=True,  # a deleted model's number is not given out again
 )
 
@@ -125,6 +164,7 @@ party_info = Table(
     Column("public_key", Text, nullable=True),
     Column("enabled", Boolean, nullable=False),
     Column("reason", Text, nullable=False),  # why it is disabled, else empty
+    Column("registered_by", String, nullable=False, server_default=text("''")),  # tenant_id of who registered it
 )
 
 jobs = Table(
@@ -144,6 +184,7 @@ jobs = Table(
     Column("started_at", UtcDateTime, nullable=True),
     Column("finished_at", UtcDateTime, nullable=True),
     Column("updated_at", UtcDateTime, nullable=False, default=utc_now),
+    Column("submission_key", String, nullable=True, unique=True, index=True),  # given by who may submit it twice
     Index("ix_jobs_state", "state"),
 )
 
@@ -217,4 +258,69 @@ audit = Table(
     Column("subject", String, nullable=False),
     Column("detail", Json, nullable=False, default=dict),
     sqlite_autoincrement=True,
+)
+
+node = Table(
+    "node",
+    metadata,
+    Column("id", String, primary_key=True),  # "self": there is one row
+    Column("node_id", String, nullable=False),  # uuid4
+)
+
+model_stores = Table(
+    "model_stores",
+    metadata,
+    Column("id", String, primary_key=True),  # uuid4
+    Column("name", String, nullable=False, unique=True),  # e.g. "ddc:digits"
+    Column("tenant_id", String, nullable=False, index=True),  # who owns it, empty for the operator
+    Column("description", Text, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False, default=utc_now),
+    Column("updated_at", UtcDateTime, nullable=False, default=utc_now),
+)
+
+store_grants = Table(
+    "store_grants",
+    metadata,
+    Column("store_id", String, ForeignKey("model_stores.id"), primary_key=True),
+    Column("tenant_id", String, primary_key=True, index=True),
+    Column("may_write", Boolean, nullable=False),
+)
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("tenant_id", String, primary_key=True),  # uuid4
+    Column("name", String, nullable=False, unique=True),
+    Column("api_key", String, nullable=False, unique=True),
+    Column("secret_hash", String, nullable=False),
+    Column("is_operator", Boolean, nullable=False),
+    Column("enabled", Boolean, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False, default=utc_now),
+    Column("updated_at", UtcDateTime, nullable=False, default=utc_now),
+)
+
+upstreams = Table(
+    "upstreams",
+    metadata,
+    Column("id", String, primary_key=True),  # uuid4
+    Column("store", String, nullable=False),  # the model store that feeds it
+    Column("url", String, nullable=False),
+    Column("api_key", String, nullable=False),
+    Column("secret", Text, nullable=False),  # encrypted by store.upstreams.SecretBox
+    Column("upstream_store", String, nullable=False),  # the model store there
+    Column("alias", String, nullable=False),
+    Column("description", Text, nullable=False),
+    Column("enabled", Boolean, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False, default=utc_now),
+    Column("updated_at", UtcDateTime, nullable=False, default=utc_now),
+    UniqueConstraint("store", "alias"),
+)
+
+received_blobs = Table(
+    "received_blobs",
+    metadata,
+    Column("tenant_id", String, primary_key=True),  # who has proven to have the bytes, by sending them
+    Column("digest", String, primary_key=True),
+    Column("size", BigInteger, nullable=False),  # bytes
+    Column("received_at", UtcDateTime, nullable=False, default=utc_now),
 )

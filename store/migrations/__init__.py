@@ -1,6 +1,7 @@
 """The chain of migrations of the database, in `versions/`; to add one, add its file and set HEAD to it."""
 
 import logging
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HEAD = "0001"  # the newest revision
+_migrating = threading.Lock()  # Alembic changes one database at a time in a process
+
+HEAD = "0002"  # the newest revision
 
 
 def migration_config(connection: Connection | None = None) -> "Config":
@@ -39,5 +42,6 @@ def migrate(connection: Connection) -> None:
     """Run the missing migrations inside the connection's transaction."""
     from alembic import command
 
-    command.upgrade(migration_config(connection), "head")
+    with _migrating:
+        command.upgrade(migration_config(connection), "head")
     logger.info("Brought the database to revision %s.", HEAD, extra={"action": "database.upgraded"})

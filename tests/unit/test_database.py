@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 from common.errors import DatabaseUnavailable, DiskFull, InvalidSettings
 from store.database import open_database, reading, upgrade, writing
 from store.migrations import HEAD, migration_config
-from store.tables import audit
+from store.tables import audit, model_info
 
 ENTRY = {"actor": "me", "action": "job.submitted", "subject": "digits"}
 
@@ -196,6 +196,19 @@ def test_more_threads_than_connections_are_told(engine: Engine) -> None:
             "SELECT * FROM model_info WHERE store = '' AND round = 1 ORDER BY sequence DESC",
             "ix_model_info_store_round_sequence",
         ),
+        (
+            "SELECT * FROM model_info WHERE store = '' ORDER BY start_datetime DESC NULLS LAST, sequence DESC",
+            "ix_model_info_store_start_datetime_sequence",
+        ),
+        (
+            "SELECT * FROM model_info WHERE store = '' ORDER BY created_at ASC NULLS FIRST, sequence ASC",
+            "ix_model_info_store_created_at_sequence",
+        ),
+        (
+            "SELECT * FROM model_info WHERE store = '' AND origin_node = '' AND origin_model_id = ''",
+            "ix_model_info_origin",
+        ),
+        ("SELECT * FROM model_info WHERE model_hash = '' ORDER BY sequence DESC", "ix_model_info_model_hash"),
         ("SELECT * FROM model_info WHERE job_id = '' ORDER BY sequence DESC", "ix_model_info_job_id_sequence"),
         ("SELECT * FROM rounds WHERE state = '' AND deadline_at < ''", "ix_rounds_state_deadline_at"),
     ],
@@ -205,3 +218,27 @@ def test_what_is_asked_often_is_read_from_an_index_in_order(engine: Engine, quer
         plan = [row.detail for row in connection.execute(text(f"EXPLAIN QUERY PLAN {query}"))]
     assert len(plan) == 1  # a sort would be a second step
     assert f"USING INDEX {index}" in plan[0]
+
+
+def test_the_newest_that_each_origin_fed_back_are_read_from_an_index_alone(engine: Engine) -> None:
+    query = """SELECT max(sequence) FROM model_info WHERE store = '' AND model_state = 20 AND round = 1
+        GROUP BY tenant_id, site, origin_node"""
+    with reading(engine) as connection:
+        plan = [row.detail for row in connection.execute(text(f"EXPLAIN QUERY PLAN {query}"))]
+    assert plan == ["SEARCH model_info USING COVERING INDEX ix_model_info_feedbacked (store=? AND round=?)"]
+
+
+def test_json_is_read_as_it_was_written_and_nothing_stays_nothing(engine: Engine) -> None:
+    details: list[object] = [{}, [], {"a": [1, 2.5, None, "é"]}, "", 0, False]
+    with writing(engine) as connection:
+        for detail in details:
+            connection.execute(insert(audit), ENTRY | {"detail": detail})
+        assert list(connection.scalars(select(audit.c.detail).order_by(audit.c.id))) == details
+        connection.execute(insert(model_info), _model_without_location())
+        assert connection.scalar(select(model_info.c.location)) is None
+
+
+def _model_without_location() -> dict[str, object]:
+    texts = dict.fromkeys(("model_id", "store", "tenant_id", "model_kind", "model_description", "model_hash"), "")
+    numbers = dict.fromkeys(("model_state", "model_size", "round", "hop_count"), 10)
+    return {**texts, **numbers, "model_meta": {}, "parents": [], "metrics": {}, "shards": []}

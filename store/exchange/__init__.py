@@ -1,0 +1,1 @@
+"""Exchange models and parties with the nodes above and below, server to server."""
