@@ -87,12 +87,13 @@ class Settings(BaseSettings):
 
     # The model store's service
     http_host: str = Field(
-        "127.0.0.1", description="The address at which the model store's service listens; with open access, loopback only."
+        "127.0.0.1",
+        description="The address at which the model store's service listens; with open access, loopback only.",
     )
     http_port: int = Field(8790, ge=0, le=65535, description="Its port; 0 takes any free one.")
     http_access: Literal["open", "keys"] = Field(
         "open",
-        description="'open': everybody on this machine may do everything; 'keys': tenants, each with an API key and secret.",
+        description="'open': everybody on this machine may do everything; 'keys': tenants with an API key and secret.",
     )
     http_idle_seconds: float = Field(
         60.0, gt=0, description="How long an upload to the service may go without a byte, in seconds."
@@ -103,7 +104,12 @@ class Settings(BaseSettings):
     max_meta_kilobytes: int = Field(
         64, ge=1, le=4096, description="The largest model_meta that is kept, as JSON, in KiB."
     )
-    tenant_id: str = Field("", max_length=100, description="The id of this node's own organisation, for upstream stores.")
+    keep_unused_hours: float = Field(
+        24.0, ge=0, description="After how many hours bytes that no model needs any more are removed."
+    )
+    tenant_id: str = Field(
+        "", max_length=100, description="The id of this node's own organisation, for upstream stores."
+    )
     tenant_name: str = Field("", max_length=200, description="Its name, for people.")
     upstream_url: str = Field(
         "", description="The service that this node's model stores feed, unless a store has an upstream of its own."

@@ -68,11 +68,19 @@ class BlobStore(Protocol):
     def open(self, blob: Blob) -> BinaryIO:
         """Open a local, verified, unbuffered file of the blob; raise NotFound when it is missing or damaged."""
 
+    def stream(self, blob: Blob, start: int = 0) -> Iterator[bytes]:
+        """Yield the blob's bytes from an offset, in blocks of BLOCK_BYTES, and keep nothing of what is far away.
+
+        The first block raises NotFound when the blob is missing; what has to be fetched and turns out to be damaged
+        raises NotFound before its last block, when it is read from its beginning. Close it when it is not read to its
+        end.
+        """
+
     def delete(self, digest: str) -> bool:
         """Forget the blob; return whether it was there."""
 
-    def blobs(self) -> Iterator[Blob]:
-        """Go through everything stored, in no order."""
+    def blobs(self, *, older_than_seconds: float = 0) -> Iterator[Blob]:
+        """Go through everything that was put, or put again, so long ago; in no order."""
 
     def read_url(self, blob: Blob, *, seconds: int) -> str:
         """Return a reference with which anyone can read the blob for so long; whether it is there is not checked."""
@@ -86,6 +94,9 @@ class BlobStore(Protocol):
         Idempotent: when the slot is gone and the blob is there, nothing happens. Raise UpdateRejected when nothing was
         written, or something else; the slot stays then, until `discard`.
         """
+
+    def written(self, slot: str, *, max_bytes: int) -> Blob | None:
+        """Return what `accept` would take from the slot now; None if nothing is there, or more than so many bytes."""
 
     def discard(self, slot: str) -> None:
         """Forget what may have been written at the slot."""
@@ -153,6 +164,13 @@ def copy_hashed(source: BinaryIO, target: BinaryIO) -> Blob:
         write_all(target, block)
         size += len(block)
     return Blob(digest=hasher.hexdigest(), size=size)
+
+
+def read_blocks(file: BinaryIO, start: int) -> Iterator[bytes]:
+    """Yield what an unbuffered file has from an offset, in blocks."""
+    file.seek(start)
+    while block := file.read(BLOCK_BYTES):
+        yield block
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -38,6 +38,7 @@ from store.blobs import (
     hash_open,
     move_file,
     open_plain,
+    read_blocks,
 )
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,11 @@ class FolderStore:
                 raise damaged(blob, f"{size} bytes")
             return file
 
+    def stream(self, blob: Blob, start: int = 0) -> Iterator[bytes]:
+        """Yield the bytes of the blob's own file."""
+        with self.open(blob) as file, disk_errors(self.folder):
+            yield from read_blocks(file, start)
+
     def delete(self, digest: str) -> bool:
         """Forget the blob; references to read it that are out keep its bytes until they end."""
         with disk_errors(self.folder):
@@ -117,14 +123,17 @@ class FolderStore:
         logger.info("Blob %s was deleted", digest, extra={"action": "blob_deleted"})
         return True
 
-    def blobs(self) -> Iterator[Blob]:
-        """Go through everything stored."""
+    def blobs(self, *, older_than_seconds: float = 0) -> Iterator[Blob]:
+        """Go through everything that was put so long ago."""
+        before = time.time() - older_than_seconds
         with disk_errors(self.folder):
             for entry in os.scandir(self._blobs):
                 try:
-                    yield Blob(digest=entry.name, size=entry.stat().st_size)
+                    status = entry.stat()
                 except FileNotFoundError:  # deleted meanwhile
                     continue
+                if status.st_mtime <= before:
+                    yield Blob(digest=entry.name, size=status.st_size)
 
     def read_url(self, blob: Blob, *, seconds: int) -> str:
         """Return a `file://` URL of a new hard link to the blob; here it must be there."""
@@ -183,6 +192,15 @@ class FolderStore:
             body.unlink(missing_ok=True)
         logger.debug("Slot %s became blob %s", slot, blob.digest, extra={"action": "slot_accepted"})
 
+    def written(self, slot: str, *, max_bytes: int) -> Blob | None:
+        """Hash the slot's body."""
+        with disk_errors(self.folder):
+            try:
+                with open_plain(self._body(slot)) as file:
+                    return hash_open(file) if os.fstat(file.fileno()).st_size <= max_bytes else None
+            except (InvalidInput, FileNotFoundError):  # InvalidInput: not a plain file
+                return None
+
     def discard(self, slot: str) -> None:
         """Remove the slot's body."""
         with disk_errors(self.folder):
@@ -229,11 +247,15 @@ class FolderStore:
             return False
 
     def _adopt(self, path: Path, blob: Blob) -> None:
-        """Rename the file to the blob, unless the blob is there and whole."""
+        """Rename the file to the blob, unless the blob is there and whole; either way it counts as put now."""
+        target = self._path(blob.digest)
         if self._has(blob):
-            path.unlink(missing_ok=True)
-            return
-        move_file(path, self._path(blob.digest), by_way_of=self._scratch)
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                os.utime(target)
+                path.unlink(missing_ok=True)
+                return
+        os.utime(path)  # a site may have given it any time
+        move_file(path, target, by_way_of=self._scratch)
 
 
 def _missing(digest: str) -> NotFound:

@@ -35,6 +35,7 @@ from store.blobs import (
     disk_errors,
     hash_file,
     new_hasher,
+    read_blocks,
     write_all,
 )
 from store.cache import BlobCache
@@ -45,6 +46,9 @@ logger = logging.getLogger(__name__)
 _UPLOAD_SECONDS = 24 * 3600  # how long our own uploads may take to begin, repetitions included
 _LONGEST_REFERENCE_SECONDS = 7 * 24 * 3600  # S3's own limit
 _TIMEOUT_SECONDS = 60  # without a single byte moving
+_LARGEST_PUT_BYTES = 4 << 30  # S3 takes 5 GiB at most as one object; larger ones go up in parts
+_PART_BYTES = 8 << 20  # one part is in memory at a time
+_MOST_PARTS = 10_000  # S3's own limit
 _BLOBS = "blobs/"
 _SLOTS = "slots/"
 _MISSING = {"NoSuchKey", "NoSuchObject"}
@@ -97,12 +101,15 @@ class S3Store:
         """Upload the file and move it to the cache."""
         with disk_errors(path.parent):
             blob = hash_file(path) if blob is None else check_size(path, blob)
-            with self._errors():
-                url = self._client.presigned_put_object(
-                    self._bucket, _key(blob.digest), timedelta(seconds=_UPLOAD_SECONDS)
-                )
-            # A presigned upload streams the file once; the client's own would read, hash and buffer it in parts.
-            self._transfer.upload(path, url)
+            if blob.size > _LARGEST_PUT_BYTES:
+                self._put_parts(path, blob)
+            else:
+                with self._errors():
+                    url = self._client.presigned_put_object(
+                        self._bucket, _key(blob.digest), timedelta(seconds=_UPLOAD_SECONDS)
+                    )
+                # A presigned upload streams the file once; the client's own would read, hash and buffer it in parts.
+                self._transfer.upload(path, url)
             self._cache.add(path, blob)
         return blob
 
@@ -125,6 +132,14 @@ class S3Store:
             self._cache.add(path, blob)
             return file
 
+    def stream(self, blob: Blob, start: int = 0) -> Iterator[bytes]:
+        """Yield the bytes of the blob in the cache, or else as they come from the bucket."""
+        if (file := self._cache.open(blob)) is not None:
+            with file, disk_errors(self._cache.folder):
+                yield from read_blocks(file, start)
+        elif start == 0 or start < blob.size:  # S3 refuses a range that begins at the end
+            yield from self._stream_object(blob, start)
+
     def delete(self, digest: str) -> bool:
         """Forget the blob, in the bucket and in this cache."""
         self._cache.remove(check_digest(digest))
@@ -137,10 +152,13 @@ class S3Store:
         logger.info("Blob %s was deleted", digest, extra={"action": "blob_deleted"})
         return True
 
-    def blobs(self) -> Iterator[Blob]:
-        """Go through everything in the bucket."""
+    def blobs(self, *, older_than_seconds: float = 0) -> Iterator[Blob]:
+        """Go through everything that was put into the bucket so long ago, by the bucket's own clock."""
+        before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
         with self._errors():
             for found in self._client.list_objects(self._bucket, prefix=_BLOBS, recursive=True):
+                if older_than_seconds and found.last_modified and found.last_modified > before:
+                    continue
                 yield Blob(digest=(found.object_name or "").removeprefix(_BLOBS), size=found.size or 0)
 
     def read_url(self, blob: Blob, *, seconds: int) -> str:
@@ -180,6 +198,27 @@ class S3Store:
             self._client.remove_object(self._bucket, key)
         logger.debug("Slot %s became blob %s", slot, blob.digest, extra={"action": "slot_accepted"})
 
+    def written(self, slot: str, *, max_bytes: int) -> Blob | None:
+        """Hash the object at the slot as it comes."""
+        hasher, size = new_hasher(), 0
+        with self._errors():
+            try:
+                response = self._client.get_object(self._bucket, _slot_key(slot))
+            except S3Error as error:
+                if error.code not in _MISSING:
+                    raise
+                return None
+            try:
+                for block in response.stream(BLOCK_BYTES):
+                    size += len(block)
+                    if size > max_bytes:
+                        return None
+                    hasher.update(block)
+            finally:
+                response.close()  # what was not read is not waited for
+                response.release_conn()
+        return Blob(digest=hasher.hexdigest(), size=size)
+
     def discard(self, slot: str) -> None:
         """Remove the object at the slot."""
         with self._errors():
@@ -200,6 +239,37 @@ class S3Store:
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
                     removed += 1
         return removed
+
+    def _put_parts(self, path: Path, blob: Blob) -> None:
+        """Upload the file in parts, one after the other."""
+        part_bytes = max(_PART_BYTES, -(-blob.size // _MOST_PARTS))
+        with self._errors():
+            self._client.fput_object(
+                self._bucket, _key(blob.digest), str(path), part_size=part_bytes, num_parallel_uploads=1
+            )
+
+    def _stream_object(self, blob: Blob, start: int) -> Iterator[bytes]:
+        """Yield what the bucket has from an offset, one block late, so that the last one can be held back."""
+        with self._errors(missing=blob.digest):
+            response = self._client.get_object(self._bucket, _key(blob.digest), offset=start)
+            try:
+                found = int(response.headers.get("Content-Length", blob.size - start))
+                if found != blob.size - start:
+                    raise damaged(blob, f"{found + start} bytes")
+                hasher = new_hasher()
+                late = b""
+                for block in response.stream(BLOCK_BYTES):
+                    hasher.update(block)
+                    if late:
+                        yield late
+                    late = block
+                if start == 0 and (digest := hasher.hexdigest()) != blob.digest:
+                    raise damaged(blob, f"bytes with the digest {digest}")
+                if late:
+                    yield late
+            finally:
+                response.close()  # what was not read is not waited for
+                response.release_conn()
 
     def _has(self, blob: Blob) -> bool:
         try:

@@ -128,6 +128,23 @@ def test_a_blob_is_found_by_its_digest(blob_store: BlobStore) -> None:
     assert blob_store.find(blob.digest) == blob
 
 
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (2 << 20) + 5])
+def test_a_stream_gives_the_bytes_from_any_offset(blob_store: BlobStore, size: int) -> None:
+    data = os.urandom(size)
+    blob = put(blob_store, data)
+    for start in {0, 1, size // 2, max(size - 1, 0), size}:
+        blocks = list(blob_store.stream(blob, start))
+        assert b"".join(blocks) == data[start:]
+        assert all(0 < len(block) <= 1 << 20 for block in blocks)
+
+
+def test_a_stream_of_a_missing_blob_is_not_found(blob_store: BlobStore) -> None:
+    missing = blob_of(os.urandom(10))
+    for start in (0, 5):
+        with pytest.raises(NotFound, match=missing.digest):
+            next(blob_store.stream(missing, start))
+
+
 @pytest.mark.parametrize("digest", ["", "abc", "../" * 20 + "etcd", "A" * 64, "0" * 63 + "\n"])
 def test_a_digest_that_is_none_is_refused(blob_store: BlobStore, digest: str) -> None:
     for use in (blob_store.find, blob_store.delete):
@@ -461,6 +478,53 @@ def test_a_blob_that_was_changed_behind_us_is_damaged(server: S3Server, tmp_path
         other.open(blob)
     assert cached(tmp_path / "two") == set()
     assert list(other.scratch().iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, (2 << 20) + 5])
+def test_a_stream_from_the_bucket_keeps_nothing(server: S3Server, tmp_path: Path, size: int) -> None:
+    data = os.urandom(size)
+    blob = put(s3_store(server, tmp_path / "one"), data)
+    other = s3_store(server, tmp_path / "two")
+    for start in {0, size // 3, max(size - 1, 0), size}:
+        assert b"".join(other.stream(blob, start)) == data[start:]
+    assert cached(tmp_path / "two") == set()
+    assert list(other.scratch().iterdir()) == []
+
+
+def test_a_stream_that_is_left_early_gives_its_connection_back(server: S3Server, tmp_path: Path) -> None:
+    data = os.urandom(3 << 20)
+    blob = put(s3_store(server, tmp_path / "one"), data)
+    other = s3_store(server, tmp_path / "two")
+    for _ in range(30):  # three times as many as the pool has
+        blocks = other.stream(blob)
+        assert next(blocks) == data[: 1 << 20]
+        blocks.close()  # type: ignore[attr-defined]  # a generator
+    assert b"".join(other.stream(blob)) == data
+
+
+@pytest.mark.parametrize("change", [-1, 0, 1])
+def test_a_stream_of_other_bytes_is_damaged_before_its_last_block(
+    server: S3Server, tmp_path: Path, change: int
+) -> None:
+    size = (2 << 20) + 5
+    blob = put(s3_store(server, tmp_path / "one"), os.urandom(size))
+    overwrite(server, f"blobs/{blob.digest}", os.urandom(size + change), tmp_path)
+    blocks = s3_store(server, tmp_path / "two").stream(blob)
+    received = [next(blocks), next(blocks)] if change == 0 else []
+    with pytest.raises(NotFound, match="damaged"):
+        next(blocks)
+    assert [len(block) for block in received] == [1 << 20] * len(received)
+
+
+def test_what_is_too_large_for_one_request_goes_up_in_parts(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("store.s3._LARGEST_PUT_BYTES", 8 << 20)
+    data = os.urandom((17 << 20) + 3)
+    blob = put(s3_store(server, tmp_path / "one"), data)
+    assert content(s3_store(server, tmp_path / "two"), blob) == data
+    parts = server.client().stat_object(BUCKET, f"blobs/{blob.digest}").etag or ""
+    assert parts.endswith("-3")
 
 
 def test_a_cached_file_that_was_cut_short_is_fetched_again(server: S3Server, tmp_path: Path) -> None:
