@@ -21,11 +21,10 @@ from coordinator.jobs import JobState, find_jobs
 from coordinator.rounds import drop_waiting, find_overdue, find_parts, find_waiting
 from coordinator.services import Services, services_of
 from store.database import reading, writing
+from store.garbage import CLEAN_SECONDS, clean
 
 logger = logging.getLogger(__name__)
 
-_CLEAN_SECONDS = 600.0  # between two looks for abandoned files
-_ABANDONED_SECONDS = 24 * 3600  # after its last use can be expected, a temporary file or a slot belongs to nobody
 _LONGEST_PATIENCE_SECONDS = 600.0  # a site that is asked in vain is asked again ever more rarely, down to this
 
 
@@ -150,9 +149,8 @@ class Sweeper(bootsteps.StartStopStep):
             try:
                 sweep(services, grace_seconds=2 * period, asked=asked)
                 if time.monotonic() >= next_clean:
-                    next_clean = time.monotonic() + _CLEAN_SECONDS  # even if it fails: not every second
-                    abandoned = services.settings.reference_seconds + _ABANDONED_SECONDS  # no round's deadline is later
-                    services.blobs.clean(older_than_seconds=abandoned)
+                    next_clean = time.monotonic() + CLEAN_SECONDS  # even if it fails: not every second
+                    clean(services.settings, services.engine, services.blobs)
                 trouble = ""
             except FedChordError as error:
                 if error.message != trouble:  # once, not every second
