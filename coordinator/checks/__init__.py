@@ -1,0 +1,1 @@
+"""What `fedchord doctor` looks at, one module for each thing; none of them changes anything."""

@@ -1,0 +1,281 @@
+"""Recompute a global model from the updates that it was made of, and say whether it is the same to the bit.
+
+Every blob is hashed before it is read; of an S3 store, what is in the bucket, not the coordinator's cache of it. The
+recomputation is the coordinator's own aggregation, written beside the store: it needs room for a model on the disk, and
+no more memory than a round does.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import ValidationError
+
+from common.errors import InvalidInput, NotFound
+from coordinator.closing import _aggregate
+from coordinator.differences import differences
+from coordinator.jobfile import JobSpec, StrategyTable
+from coordinator.jobs import Job, new_job
+from coordinator.model_weights import index_digest, model_weights
+from coordinator.services import Services
+from store.blobs import Blob, BlobStore, hash_open
+from store.database import reading
+from store.folder import FolderStore
+from store.index import Weights, plan_shards
+from store.models import ModelInfo, find_model, get_model
+from store.opening import open_blob_store
+
+RECOMPUTED_KINDS = ("global", "moments")  # what a round makes of updates
+_MEGABYTE = 2**20
+
+
+class Result(StrEnum):
+    """What came of it."""
+
+    SAME = "same"  # recomputed, and equal to the bit
+    INTACT = "intact"  # its blobs are what their digests say; there is nothing to recompute
+    DIFFERENT = "different"  # a blob is not what its digest says, or the recomputed model is another one
+    MISSING = "missing"  # something that is needed was deleted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What is known of one model after it was looked at."""
+
+    model_id: str
+    title: str  # the model's name for people
+    result: Result
+    sentence: str  # what was found
+    troubles: tuple[str, ...] = ()  # what is missing or different, one by one
+    updates: int = 0  # that it was recomputed from
+    blobs: int = 0  # that were hashed
+    bytes: int = 0  # that were hashed
+
+
+@dataclass(kw_only=True)
+class _Hashing:
+    """What the blobs of a model and its updates turned out to be; it grows while they are hashed."""
+
+    missing: list[str] = field(default_factory=list)
+    different: list[str] = field(default_factory=list)
+    blobs: int = 0
+    bytes: int = 0
+
+
+def verify(services: Services, model_id: str, *, whole_chain: bool = False) -> Iterator[Verdict]:
+    """Look at the model and, for the whole chain, at each model that it goes on from, the newest first.
+
+    Raise NotFound if there is no model whose id begins so, StoreUnavailable if the store does not answer.
+    """
+    with reading(services.engine) as connection:
+        model = find_model(connection, model_id)
+    with _fresh_store(services) as store:
+        while True:
+            yield _verify(services, store, model)
+            previous = _previous(model)
+            if previous is None or not whole_chain:
+                return
+            found = _find(services, previous)
+            if found is None:
+                said = "Its record was deleted, so the chain ends here."
+                yield Verdict(model_id=previous, title=previous, result=Result.MISSING, sentence=said)
+                return
+            model = found
+
+
+@contextmanager
+def _fresh_store(services: Services) -> Iterator[BlobStore]:
+    """Give the blob store; of S3, one with an empty cache, so that every byte comes from the bucket."""
+    if services.settings.blob_store == "folder":
+        yield services.blobs
+        return
+    with tempfile.TemporaryDirectory(prefix="verify-", dir=services.blobs.scratch()) as folder:
+        store = open_blob_store(services.settings.model_copy(update={"cache_folder": Path(folder)}))
+        store.prepare()
+        yield store
+
+
+def _verify(services: Services, store: BlobStore, model: ModelInfo) -> Verdict:
+    title = f"{model.model_description or model.model_kind or 'a model'} ({model.model_id[:8]})"
+    hashing = _Hashing()
+    _hash_blobs(store, model, "the model", hashing)
+    strategy = _strategy(model)
+    updates = _updates(services, store, model, hashing) if strategy is not None else []
+    common: dict[str, Any] = {
+        "model_id": model.model_id,
+        "title": title,
+        "blobs": hashing.blobs,
+        "bytes": hashing.bytes,
+    }
+    if hashing.different:
+        said = "What is stored is not what its digests and records say."
+        troubles = (*hashing.different, *hashing.missing)
+        return Verdict(**common, result=Result.DIFFERENT, sentence=said, troubles=troubles)
+    if hashing.missing:
+        said = "It cannot be verified: something that is needed was deleted."
+        return Verdict(**common, result=Result.MISSING, sentence=said, troubles=tuple(hashing.missing))
+    if strategy is None:
+        said = (
+            f"Its {hashing.blobs} blobs are what their digests say; {_origin(model)}, so there is nothing to recompute."
+        )
+        return Verdict(**common, result=Result.INTACT, sentence=said)
+    if troubles := _recompute(services, store, model, updates, strategy):
+        said = f"Recomputed from its {len(updates)} updates, it is another model than the one that is stored."
+        return Verdict(**common, result=Result.DIFFERENT, sentence=said, troubles=troubles, updates=len(updates))
+    said = f"Recomputed from its {len(updates)} updates with {strategy.name}, it is the same to the bit."
+    return Verdict(**common, result=Result.SAME, sentence=said, updates=len(updates))
+
+
+def _hash_blobs(store: BlobStore, model: ModelInfo, whose: str, hashing: _Hashing) -> None:
+    """Hash all blobs of a model; note those that are missing or something else."""
+    sizes = {shard.digest: shard.size for shard in model.shards}
+    for digest in dict.fromkeys([model.index_hash or model.model_hash, *sizes]):
+        try:
+            blob = store.find(digest)
+        except NotFound:
+            hashing.missing.append(f"Blob {digest} of {whose} is not in the object store any more.")
+            continue
+        if trouble := _hash_blob(store, Blob(digest=digest, size=sizes.get(digest, blob.size))):
+            hashing.different.append(f"Blob {digest} of {whose}: {trouble}")
+            continue
+        hashing.blobs += 1
+        hashing.bytes += blob.size
+
+
+def _hash_blob(store: BlobStore, blob: Blob) -> str:
+    """Return what is wrong with the blob's bytes; empty if nothing is."""
+    try:
+        with store.open(blob) as file:
+            found = hash_open(file)
+    except NotFound as error:  # it is there, so it is damaged, and this says how
+        return error.message
+    return "" if found == blob else f"its {found.size} bytes have the digest {found.digest}."
+
+
+def _strategy(model: ModelInfo) -> StrategyTable | None:
+    """Return the strategy that made the model; None if none did, or none that is recorded."""
+    recorded = model.model_meta.get("strategy")
+    if model.model_kind not in RECOMPUTED_KINDS or model.site is not None or recorded is None:
+        return None
+    try:
+        strategy = StrategyTable.model_validate(recorded)
+        strategy.make()
+    except (ValidationError, InvalidInput) as error:
+        raise InvalidInput(
+            f"Model {model.model_id} was made with a strategy that this FedChord does not know ({error}); use the one "
+            "that made it."
+        ) from error
+    return strategy
+
+
+def _origin(model: ModelInfo) -> str:
+    return f"{model.site} made it" if model.site else "no record says that it was aggregated"
+
+
+def _sites(model: ModelInfo) -> list[str]:
+    """Return the sites whose updates are in the model, in the order of aggregation; empty for any other model."""
+    sites = model.model_meta.get("sites")
+    is_made_here = model.model_kind in RECOMPUTED_KINDS and model.site is None and isinstance(sites, list)
+    return [str(site) for site in sites or []] if is_made_here else []
+
+
+def _previous(model: ModelInfo) -> str | None:
+    """Return the id of the model that this one goes on from: the parent that is no update."""
+    count = len(_sites(model))
+    others = model.parents[:-count] if count else model.parents
+    return others[0] if others else None
+
+
+def _find(services: Services, model_id: str) -> ModelInfo | None:
+    with reading(services.engine) as connection:
+        try:
+            return get_model(connection, model_id)
+        except NotFound:
+            return None
+
+
+def _updates(services: Services, store: BlobStore, model: ModelInfo, hashing: _Hashing) -> list[ModelInfo]:
+    """Return the updates that the model was made of, in order, their blobs hashed; note what is missing."""
+    sites = _sites(model)
+    if not sites or len(model.parents) < len(sites):
+        hashing.missing.append(
+            f"It was made of {len(sites) or 'unknown'} updates, of which this node has no record; verify it where it "
+            "was made."
+        )
+        return []
+    found = []
+    for site, model_id in zip(sites, model.parents[-len(sites) :], strict=True):
+        update = _find(services, model_id)
+        if update is None:
+            hashing.missing.append(f"The update of {site} ({model_id}) was deleted.")
+        elif update.site != site or not update.num_examples:
+            hashing.different.append(f"Parent {model_id} is not the update of {site} that the model's record names.")
+        else:
+            _hash_blobs(store, update, f"the update of {site}", hashing)
+            found.append(update)
+    return found
+
+
+class _Beside(FolderStore):
+    """Read from the real store, write to a folder of its own."""
+
+    def __init__(self, folder: Path, source: BlobStore) -> None:
+        super().__init__(folder)
+        self._source = source
+
+    def find(self, digest: str) -> Blob:
+        """Return the blob of the real store."""
+        return self._source.find(digest)
+
+    def open(self, blob: Blob) -> BinaryIO:
+        """Open the blob of the real store."""
+        return self._source.open(blob)
+
+
+def _recompute(
+    services: Services, store: BlobStore, model: ModelInfo, updates: Sequence[ModelInfo], strategy: StrategyTable
+) -> tuple[str, ...]:
+    """Aggregate the updates again; return in what the result differs from the stored model."""
+    stored = model_weights(store, model)
+    settings = services.settings.model_copy(update={"shard_megabytes": _shard_megabytes(stored)})
+    with tempfile.TemporaryDirectory(prefix="verify-", dir=services.blobs.scratch()) as folder:
+        beside = _Beside(Path(folder), store)
+        beside.prepare()
+        made = _aggregate(replace(services, blobs=beside, settings=settings), _job(strategy), updates)
+        if made.index.digest == index_digest(model):
+            return ()
+        return tuple(differences(store, stored, FolderStore(Path(folder)), made))
+
+
+def _job(strategy: StrategyTable) -> Job:
+    """Return a job of which only the strategy counts."""
+    spec = JobSpec(name="verify", trainer="verify", rounds=1, strategy=strategy)
+    return new_job(spec, sites=(), model_id=None, submitted_by="")
+
+
+def _shard_megabytes(weights: Weights) -> int:
+    """Return a limit of the shards' size, in MiB, by which the tensors are spread as they are.
+
+    The setting may have changed since. Any limit that the shards of several tensors keep within, and that is not above
+    the one they were made with, spreads them in the same way.
+    """
+    nbytes = [0] * len(weights.shards)
+    count = [0] * len(weights.shards)
+    for name, position in weights.shard_of.items():
+        nbytes[position] += weights.schema[name].nbytes
+        count[position] += 1
+    largest = max((total for total, tensors in zip(nbytes, count, strict=True) if tensors > 1), default=0)
+    megabytes = max(1, -(-largest // _MEGABYTE))
+    planned = plan_shards(weights.schema, megabytes * _MEGABYTE)
+    actual = tuple(
+        tuple(name for name, at in weights.shard_of.items() if at == position) for position in range(len(nbytes))
+    )
+    if planned != actual:
+        raise InvalidInput(
+            "The model's tensors are not spread over shards as FedChord does it; nothing can be compared."
+        )
+    return megabytes
