@@ -15,6 +15,7 @@ from coordinator.aggregation import aggregate, weighted_metrics
 from coordinator.dispatch import publish_round, send_notices
 from coordinator.jobs import LIVE, Job, JobState, change_job, get_job, lock_job
 from coordinator.lease import held_round
+from coordinator.model_weights import model_weights
 from coordinator.outbox import add_notices
 from coordinator.planning import Step, finish, plan_next
 from coordinator.rounds import (
@@ -33,7 +34,6 @@ from store.index import Weights
 from store.models import ModelInfo, ModelState, add_model, get_models, set_metrics
 from store.pieces import WeightsReader, WeightsWriter
 from store.tables import utc_now
-from store.weights import load_index
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +149,7 @@ def _make_model(services: Services, job: Job, round_: Round, accepted: Sequence[
         },
         model_state=ModelState.AGGREGATED,
         model_hash=weights.index.digest,
+        index_hash=weights.index.digest,
         model_size=weights.size,
         round=round_.number,
         start_datetime=round_.created_at,
@@ -164,7 +165,7 @@ def _make_model(services: Services, job: Job, round_: Round, accepted: Sequence[
 
 
 def _aggregate(services: Services, job: Job, updates: Sequence[ModelInfo]) -> Weights:
-    weights = [load_index(services.blobs, update.model_hash) for update in updates]
+    weights = [model_weights(services.blobs, update) for update in updates]
     schema = weights[0].schema
     examples = [update.num_examples or 0 for update in updates]
     _allow_open_files(2 * len(weights) + 256)  # each update's shard, and the next one while threads are between the two

@@ -30,6 +30,7 @@ from common.messages import (
 )
 from common.queues import COORDINATOR_QUEUE, SITE_TASKS, CoordinatorTask, Kind, site_queue
 from coordinator.jobs import Job, get_job
+from coordinator.model_weights import index_digest, model_weights
 from coordinator.outbox import find_notices, mark_sent
 from coordinator.rounds import (
     MESSAGE_KINDS,
@@ -45,6 +46,7 @@ from coordinator.rounds import (
 )
 from coordinator.services import Services
 from store.database import reading, writing
+from store.index import plan_shards
 from store.models import ModelInfo, get_model
 from store.tables import utc_now
 
@@ -159,12 +161,20 @@ def _signatures(
         model = get_model(connection, round_.input_model_id) if round_.input_model_id is not None else None
     seconds = _reference_seconds(round_)
     reference = _reference(services, model, seconds) if model is not None else None
+    num_shards = _count_shards(services, model) if model is not None and round_.kind is RoundKind.TRAIN else 0
     builds = builder(round_, parts)
     return round_, {
-        part.site: _part_signature(services, job, round_, part, reference, seconds, builds=part.site == builds)
+        part.site: _part_signature(
+            services, job, round_, part, reference, seconds, builds=part.site == builds, num_shards=num_shards
+        )
         for part in parts
         if only is None or part.site == only
     }
+
+
+def _count_shards(services: Services, model: ModelInfo) -> int:
+    """Return how many shards a site's update has; a model that was put is one file, however large."""
+    return len(plan_shards(model_weights(services.blobs, model).schema, services.settings.shard_bytes))
 
 
 def _part_signature(
@@ -176,6 +186,7 @@ def _part_signature(
     seconds: int,
     *,
     builds: bool,
+    num_shards: int,
 ) -> Signature[Any]:
     common: dict[str, Any] = {
         "job_id": job.job_id,
@@ -200,7 +211,7 @@ def _part_signature(
     elif model is None:
         raise NotFound(f"Round {round_.round_id} has no model to send.")
     elif round_.kind is RoundKind.TRAIN:
-        message = UpdateRoundStart(**common, **uploads(len(model.shards)), model=model)
+        message = UpdateRoundStart(**common, **uploads(num_shards), model=model)
     elif round_.kind is RoundKind.TEST:
         message = ModelTestRound(**common, model=model)
     else:
@@ -247,7 +258,7 @@ def _callback(services: Services, round_id: str) -> Signature[Any]:
 def _reference(services: Services, model: ModelInfo, seconds: int) -> ModelReference:
     return ModelReference(
         model_id=model.model_id,
-        digest=model.model_hash,
+        digest=index_digest(model),
         shards=tuple(
             SourceShard(digest=shard.digest, size=shard.size, url=services.blobs.read_url(shard, seconds=seconds))
             for shard in model.shards

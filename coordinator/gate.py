@@ -17,6 +17,7 @@ from common.errors import InvalidInput, InvalidMessage, InvalidTensors, NotFound
 from common.messages import ANSWERS, COORDINATOR, Envelope, PartDeclined, UpdateReady
 from coordinator.dispatch import complete_part
 from coordinator.jobs import Job
+from coordinator.model_weights import index_digest
 from coordinator.rounds import (
     Part,
     PartState,
@@ -151,14 +152,14 @@ def _expected_schema(services: Services, round_: Round) -> Mapping[str, TensorSp
     """Return what the update must look like; None for the first model, which nobody knows yet."""
     if round_.input_model_id is None:
         return None
-    schema = load_index(services.blobs, _model_digest(services.engine, round_.input_model_id)).schema
+    schema = load_index(services.blobs, _index_digest(services.engine, round_.input_model_id)).schema
     return moments_schema(schema) if round_.kind is RoundKind.SWAG else schema
 
 
 @lru_cache(maxsize=64)  # a model never changes, and every update of a round is held against the same one
-def _model_digest(engine: Engine, model_id: str) -> str:
+def _index_digest(engine: Engine, model_id: str) -> str:
     with reading(engine) as connection:
-        return get_model(connection, model_id).model_hash
+        return index_digest(get_model(connection, model_id))
 
 
 def moments_schema(schema: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -225,6 +226,7 @@ def _describe(job: Job, round_: Round, part: Part, message: UpdateReady, weights
         model_meta={"trainer": job.spec.trainer, "task_id": part.task_id},
         model_state=ModelState.FEEDBACKED,
         model_hash=weights.index.digest,
+        index_hash=weights.index.digest,
         model_size=weights.size,
         round=round_.number,
         hop_count=1,

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -12,6 +13,8 @@ from common.queues import check_site_name
 from coordinator.strategies import make_strategy
 from coordinator.strategies.base import Strategy
 
+_SHOWN_PROBLEMS = 20
+_SHOWN_CHARACTERS = 200  # of what somebody wrote, in the message about it
 _WORDS = {  # pydantic's words for a type of problem, in ours
     "missing": "is missing",
     "extra_forbidden": "is not a field of a job file",
@@ -52,10 +55,11 @@ class JobSpec(BaseModel):
 
     name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$")
     trainer: str = Field(min_length=1, max_length=100)  # a name on the sites' lists
-    rounds: int = Field(ge=1, le=1_000_000)  # training rounds
+    rounds: int = Field(ge=0, le=1_000_000)  # training rounds; 0 only builds a model, or tests the given one
     sites: tuple[str, ...] | None = None  # who takes part; every enabled site if it is missing
     min_sites: int | None = Field(None, ge=1)  # the quorum; more than half if it is missing
     round_deadline_seconds: float = Field(3600, gt=0, le=30 * 24 * 3600)
+    start_deadline_seconds: float | None = Field(None, gt=0, le=30 * 24 * 3600)  # as of any round if it is missing
     seed: int = Field(0, ge=0, lt=2**63)
     test_every: int = Field(1, ge=0)  # a test round after every so many rounds and the last; 0 for none
     swag: bool = False  # after the last round, collect the weights' moments
@@ -96,15 +100,7 @@ def read_job_file(path: Path) -> JobSpec:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InvalidJobFile(f"{path} is not valid TOML: {error}.") from error
-    try:
-        spec = JobSpec.model_validate(values)
-    except ValidationError as error:
-        raise InvalidJobFile(_explain(path, text, error)) from error
-    try:
-        spec.strategy.make()
-    except InvalidInput as error:
-        field = error.message.partition(":")[0]
-        raise InvalidJobFile(f"{_place(path, text, tuple(field.split('.')))}{error.message}") from error
+    spec = _check(values, lambda field: _place(path, text, field))
     if (file := spec.initial_model.file) is not None:
         located = path.parent / file
         if not located.is_file():
@@ -114,16 +110,45 @@ def read_job_file(path: Path) -> JobSpec:
     return spec
 
 
-def _explain(path: Path, text: str, error: ValidationError) -> str:
+def check_job(values: object) -> JobSpec:
+    """Return the job that somebody sends over the network; raise InvalidJobFile that names the field.
+
+    It cannot name a file, which would be one of this machine's.
+    """
+    spec = _check(values, lambda field: "")
+    if spec.initial_model.file is not None:
+        raise InvalidJobFile("initial_model.file: put the file into the model store and name the model instead.")
+    return spec
+
+
+def _check(values: object, place: Callable[[tuple[str, ...]], str]) -> JobSpec:
+    """Return the values as a job; `place` says where a field was set, for the error's message."""
+    try:
+        spec = JobSpec.model_validate(values)
+    except ValidationError as error:
+        raise InvalidJobFile(_explain(error, place)) from error
+    try:
+        spec.strategy.make()
+    except InvalidInput as error:
+        field = error.message.partition(":")[0]
+        raise InvalidJobFile(f"{place(tuple(field.split('.')))}{error.message}") from error
+    return spec
+
+
+def _explain(error: ValidationError, place: Callable[[tuple[str, ...]], str]) -> str:
     lines = []
-    for problem in error.errors(include_url=False):
+    for problem in error.errors(include_url=False)[:_SHOWN_PROBLEMS]:
         field = tuple(part for part in problem["loc"] if isinstance(part, str))
-        words = _WORDS.get(problem["type"]) or f"{problem['msg']}, not {problem['input']!r}"
+        words = _WORDS.get(problem["type"]) or f"{problem['msg']}, not {_shorten(repr(problem['input']))}"
         if not field:  # a rule about several fields
-            lines.append(f"{path}: {problem['msg'].removeprefix('Value error, ')}")
+            lines.append(f"{place(())}{problem['msg'].removeprefix('Value error, ')}")
             continue
-        lines.append(f"{_place(path, text, field)}{'.'.join(field)}: {words.removeprefix('Value error, ')}")
+        lines.append(f"{place(field)}{_shorten('.'.join(field))}: {words.removeprefix('Value error, ')}")
     return "\n".join(lines)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
 def _place(path: Path, text: str, field: tuple[str, ...]) -> str:

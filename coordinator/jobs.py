@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, bindparam, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, exc, select, update
 
 from common.errors import NotFound
 from coordinator.jobfile import JobSpec
@@ -39,6 +39,7 @@ class Job:
     model_id: str | None  # the current global model
     sites: tuple[str, ...]  # who is in the job now, sorted
     submitted_by: str
+    submission_key: str | None  # the submitter's own name for it; the same again is the same job
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -54,7 +55,14 @@ class Job:
         return f"ddc:{self.name}"
 
 
-def new_job(spec: JobSpec, *, sites: tuple[str, ...], model_id: str | None, submitted_by: str) -> Job:
+def new_job(
+    spec: JobSpec,
+    *,
+    sites: tuple[str, ...],
+    model_id: str | None,
+    submitted_by: str,
+    submission_key: str | None = None,
+) -> Job:
     """Return a job to be added."""
     return Job(
         job_id=str(uuid.uuid4()),
@@ -66,27 +74,47 @@ def new_job(spec: JobSpec, *, sites: tuple[str, ...], model_id: str | None, subm
         model_id=model_id,
         sites=sites,
         submitted_by=submitted_by,
+        submission_key=submission_key,
         created_at=utc_now(),
         started_at=None,
         finished_at=None,
     )
 
 
-def add_job(connection: Connection, job: Job) -> None:
-    """Record the job."""
-    connection.execute(
-        jobs.insert().values(
-            job_id=job.job_id,
-            name=job.name,
-            state=job.state.value,
-            spec=job.spec.model_dump(mode="json"),
-            num_rounds=job.spec.rounds,
-            model_id=job.model_id,
-            sites=list(job.sites),
-            submitted_by=job.submitted_by,
-            created_at=job.created_at,
-        )
-    )
+def add_job(connection: Connection, job: Job) -> Job:
+    """Record the job and return it; of jobs with the same submission key the first one stays and is returned."""
+    known = find_submission(connection, job.submission_key)
+    if known is not None:
+        return known
+    try:
+        with connection.begin_nested():  # so that the caller's transaction survives a race that we lose
+            connection.execute(
+                jobs.insert().values(
+                    job_id=job.job_id,
+                    name=job.name,
+                    state=job.state.value,
+                    spec=job.spec.model_dump(mode="json"),
+                    num_rounds=job.spec.rounds,
+                    model_id=job.model_id,
+                    sites=list(job.sites),
+                    submitted_by=job.submitted_by,
+                    submission_key=job.submission_key,
+                    created_at=job.created_at,
+                )
+            )
+    except exc.IntegrityError:
+        if (known := find_submission(connection, job.submission_key)) is None:
+            raise
+        return known
+    return job
+
+
+def find_submission(connection: Connection, key: str | None) -> Job | None:
+    """Return the job that was submitted with the key; None if there is none, or no key."""
+    if key is None:
+        return None
+    row = connection.execute(select(jobs).where(jobs.c.submission_key == key)).mappings().first()
+    return None if row is None else job_of(row)
 
 
 _JOB = select(jobs).where(jobs.c.job_id == bindparam("job_id"))  # built once: that takes longer than to run it
@@ -157,6 +185,7 @@ def job_of(row: RowMapping) -> Job:
         model_id=row[jobs.c.model_id],
         sites=tuple(row[jobs.c.sites]),
         submitted_by=row[jobs.c.submitted_by],
+        submission_key=row[jobs.c.submission_key],
         created_at=row[jobs.c.created_at],
         started_at=row[jobs.c.started_at],
         finished_at=row[jobs.c.finished_at],

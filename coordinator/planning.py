@@ -25,21 +25,23 @@ def next_step(job: Job, last: Step | None) -> Step | None:
     """Return the step after the last that was closed; None when the job is done.
 
     start → train 1 → test 1 → train 2 → … → train n → test n → swag
+
+    A job of no training rounds builds a model, or takes the given one, and may test it: start → test 0 → swag.
     """
     spec = job.spec
     if last is None:
         return Step(kind=RoundKind.START, number=0)
-    if last.kind is RoundKind.START:
-        if job.model_id is None:  # the site that was to build the first model did not
-            return Step(kind=RoundKind.START, number=last.number + 1)
-        return Step(kind=RoundKind.TRAIN, number=1)
-    if last.kind is RoundKind.TRAIN and is_tested(job, last.number):
-        return Step(kind=RoundKind.TEST, number=last.number)
+    if last.kind is RoundKind.START and job.model_id is None:  # the site that was to build the first model did not
+        return Step(kind=RoundKind.START, number=last.number + 1)
     if last.kind is RoundKind.SWAG:
         return None
-    if last.number < spec.rounds:
-        return Step(kind=RoundKind.TRAIN, number=last.number + 1)
-    return Step(kind=RoundKind.SWAG, number=last.number) if spec.swag else None
+    trained = 0 if last.kind is RoundKind.START else last.number  # a start's number counts the attempts to build
+    may_test = last.kind is RoundKind.TRAIN or (last.kind is RoundKind.START and spec.rounds == 0)
+    if may_test and is_tested(job, trained):
+        return Step(kind=RoundKind.TEST, number=trained)
+    if trained < spec.rounds:
+        return Step(kind=RoundKind.TRAIN, number=trained + 1)
+    return Step(kind=RoundKind.SWAG, number=trained) if spec.swag else None
 
 
 def is_tested(job: Job, number: int) -> bool:
@@ -81,7 +83,7 @@ def plan_next(connection: Connection, job: Job, last: Step | None, *, alive: fro
         kind=step.kind,
         number=step.number,
         input_model_id=job.model_id,
-        deadline_at=now + timedelta(seconds=job.spec.round_deadline_seconds),
+        deadline_at=now + timedelta(seconds=_deadline_seconds(job, step)),
         created_at=now,
     )
     values: dict[str, object] = {"state": JobState.RUNNING.value}
@@ -92,6 +94,12 @@ def plan_next(connection: Connection, job: Job, last: Step | None, *, alive: fro
     if not change_job(connection, job.job_id, expected=LIVE, **values):
         return None
     return round_ if add_round(connection, round_, chosen) else None
+
+
+def _deadline_seconds(job: Job, step: Step) -> float:
+    if step.kind is RoundKind.START and job.spec.start_deadline_seconds is not None:
+        return job.spec.start_deadline_seconds
+    return job.spec.round_deadline_seconds
 
 
 def finish(connection: Connection, job: Job, state: JobState, reason: str = "") -> bool:

@@ -3,37 +3,50 @@
 import getpass
 import json
 import logging
+import re
 from pathlib import Path
 
 import msgpack
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
-from common.errors import BrokerUnavailable, Conflict, InvalidJobFile, InvalidTensors, UpdateRejected
+from common.errors import BrokerUnavailable, Conflict, InvalidInput, InvalidJobFile, InvalidTensors, UpdateRejected
 from common.heartbeats import read_heartbeats
 from common.queues import COORDINATOR_QUEUE, CoordinatorTask, cancel_key
 from coordinator.dispatch import send_notices
 from coordinator.gate import check_values
 from coordinator.jobfile import JobSpec
-from coordinator.jobs import Job, JobState, add_job, find_job, get_job, new_job
+from coordinator.jobs import Job, JobState, add_job, find_job, find_submission, get_job, new_job
+from coordinator.model_weights import model_weights
 from coordinator.planning import finish
 from coordinator.rounds import abort_rounds
 from coordinator.services import Services
 from store.database import reading, writing
 from store.index import Weights
+from store.model_stores import add_store
 from store.models import ModelInfo, ModelState, add_model, get_model
 from store.parties import sites as enrolled_sites
 from store.tensors import read_header, read_tensors
-from store.weights import store_weights
+from store.weights import register_shards, store_weights
 
 logger = logging.getLogger(__name__)
 
+_KEY = re.compile(r"[A-Za-z0-9._:-]{1,200}")
 _MAX_CONFIG_BYTES = 2**20  # a message takes 4 MiB, its references included
 _CANCEL_SECONDS = 7 * 24 * 3600  # how long a site that is away can still learn of an abort
 
 
-def submit(services: Services, spec: JobSpec) -> Job:
-    """Record the job and tell a coordinator worker; raise InvalidJobFile or NotFound before anything has changed."""
+def submit(services: Services, spec: JobSpec, *, key: str | None = None, submitted_by: str | None = None) -> Job:
+    """Record the job and tell a coordinator worker; raise InvalidJobFile or NotFound before anything has changed.
+
+    To submit with the same key again returns the job that there is, whatever became of it, so that it can be repeated
+    when the first answer was lost. Raise Conflict when the job's model store is another tenant's.
+    """
+    if key is not None:
+        with reading(services.engine) as connection:
+            known = find_submission(connection, _check_key(key))
+        if known is not None:
+            return known
     _check_config(spec)
     _check_deadline(services, spec)
     sites = _check_sites(services, spec)
@@ -43,11 +56,22 @@ def submit(services: Services, spec: JobSpec) -> Job:
     _check_trainer(services, spec, sites, quorum)
     services.blobs.check()
     model = _initial_model(services, spec)
-    job = new_job(spec, sites=sites, model_id=model.model_id if model else None, submitted_by=_user())
+    job = new_job(
+        spec,
+        sites=sites,
+        model_id=model.model_id if model else None,
+        submitted_by=_user() if submitted_by is None else submitted_by,
+        submission_key=key,
+    )
     with writing(services.engine) as connection:
+        recorded = add_job(connection, job)
+        if recorded is not job:
+            return recorded
+        add_store(connection, job.model_store)
         if model is not None and spec.initial_model.file is not None:
             add_model(connection, model)
-        add_job(connection, job)
+        elif model is not None:
+            get_model(connection, model.model_id)  # from here on it cannot be deleted while the job goes on from it
     try:
         services.app.send_task(
             CoordinatorTask.ADVANCE.value,
@@ -98,11 +122,13 @@ def _check_config(spec: JobSpec) -> None:
 def _check_deadline(services: Services, spec: JobSpec) -> None:
     """Refuse a deadline that the references to the model and for the updates would not live to see."""
     longest = services.settings.reference_seconds
-    if spec.round_deadline_seconds > longest:
-        raise InvalidJobFile(
-            f"round_deadline_seconds: it is {spec.round_deadline_seconds:.0f}, but references to the store live for "
-            f"{longest} s; shorten it, or raise FEDCHORD_REFERENCE_SECONDS for the coordinator (a week at the most)."
-        )
+    for name in ("round_deadline_seconds", "start_deadline_seconds"):
+        seconds = getattr(spec, name)
+        if seconds is not None and seconds > longest:
+            raise InvalidJobFile(
+                f"{name}: it is {seconds:.0f}, but references to the store live for {longest} s; shorten it, or raise "
+                "FEDCHORD_REFERENCE_SECONDS for the coordinator (a week at the most)."
+            )
 
 
 def _check_sites(services: Services, spec: JobSpec) -> tuple[str, ...]:
@@ -140,8 +166,7 @@ def _initial_model(services: Services, spec: JobSpec) -> ModelInfo | None:
     if source.model is not None:
         with reading(services.engine) as connection:
             model = get_model(connection, source.model)
-        if not model.shards:
-            raise InvalidJobFile(f"initial_model.model: model {source.model} holds no tensors.")
+        _check_stored(services, model)
         return model
     if source.file is None:
         return None
@@ -152,9 +177,24 @@ def _initial_model(services: Services, spec: JobSpec) -> ModelInfo | None:
         model_description=f"{spec.name}: initial model from {source.file.name}",
         model_state=ModelState.CREATED,
         model_hash=weights.index.digest,
+        index_hash=weights.index.digest,
         model_size=weights.size,
         shards=weights.shards,
     )
+
+
+def _check_stored(services: Services, model: ModelInfo) -> None:
+    """Refuse a stored model that no site could train; what a job made has passed the gate, what was put has not."""
+    try:
+        weights = model_weights(services.blobs, model)
+        if not weights.schema:
+            raise InvalidTensors(f"Model {model.model_id} holds no tensors.")
+        if model.job_id is None:
+            register_shards(services.blobs, weights.shards, look=check_values)
+    except InvalidTensors as error:
+        raise InvalidJobFile(f"initial_model.model: {error.message}") from error
+    except UpdateRejected as error:
+        raise InvalidJobFile(f"initial_model.model: {model.model_id} cannot be trained: {error.message}") from error
 
 
 def _import_file(services: Services, file: Path) -> Weights:
@@ -170,6 +210,12 @@ def _import_file(services: Services, file: Path) -> Weights:
         except UpdateRejected as error:  # every update made from it would be refused
             raise InvalidJobFile(f"initial_model.file: {file} cannot be trained: {error.message}") from error
     return store_weights(services.blobs, tensors, services.settings.shard_bytes)
+
+
+def _check_key(key: str) -> str:
+    if not _KEY.fullmatch(key):
+        raise InvalidInput(f"The key {key[:80]!r} is not valid: use 1 to 200 letters, digits and . _ : - characters.")
+    return key
 
 
 def _user() -> str:

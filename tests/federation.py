@@ -297,7 +297,7 @@ def _worker(app: str, config: Path, log: Path, *options: str) -> Iterator[subpro
 
 def read_model(services: Services, model: ModelInfo) -> dict[str, np.ndarray]:
     """Return the tensors of a stored model."""
-    return load_weights(services.blobs, load_index(services.blobs, model.model_hash))
+    return load_weights(services.blobs, load_index(services.blobs, model.index_hash or model.model_hash))
 
 
 def clean_environment() -> dict[str, str]:

@@ -162,18 +162,26 @@ class Site:
                 "memory; the site's own log may tell why."
             )
         trainer = self._jobs.trainer(part)
-        step = RoundContext(round=part.round, seed=derive_seed(part.seed, part.round, self._name), report=progress)
+
+        def step() -> RoundContext:  # made when the model is here, since that takes of the time that is left
+            return RoundContext(
+                round=part.round,
+                seed=derive_seed(part.seed, part.round, self._name),
+                report=progress,
+                seconds_left=part.deadline_at - time.time(),
+            )
+
         with scratch_folder(self._scratch) as folder:
             match part:
                 case TrainingStart():
-                    tensors = trainer.build() if part.build_model else None
-                    num_examples, metrics = trainer.num_examples(), {}
+                    tensors, num_examples = trainer.begin_job(step(), build=part.build_model)
+                    metrics: dict[str, float] = {}
                 case ModelTestRound():
-                    evaluation = trainer.evaluate(self._fetch(part.model, folder), step)
+                    evaluation = trainer.evaluate(self._fetch(part.model, folder), step())
                     tensors, num_examples, metrics = None, evaluation.num_examples, dict(evaluation.metrics)
                 case UpdateRoundStart() | SwagRoundStart():
                     work = trainer.fit if isinstance(part, UpdateRoundStart) else trainer.moments
-                    fit: Fit = work(self._fetch(part.model, folder), step)
+                    fit: Fit = work(self._fetch(part.model, folder), step())
                     tensors, num_examples, metrics = fit.tensors, fit.num_examples, dict(fit.metrics)
             progress.check()
             shards = () if isinstance(part, ModelTestRound) or tensors is None else self._upload(part, tensors, folder)

@@ -44,6 +44,7 @@ class RoundContext:
     round: int  # counted from 1; 0 before the first training round
     seed: int  # of this part, see `derive_seed`
     report: Report = _report_nothing  # call it often: it raises Cancelled when the part is not wanted any more
+    seconds_left: float | None = None  # until the part's deadline, as this is made; None if there is none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +93,10 @@ class Trainer(ABC):
     @abstractmethod
     def num_examples(self) -> int:
         """Return how many training examples the site has."""
+
+    def begin_job(self, step: RoundContext, *, build: bool) -> tuple[Tensors | None, int]:
+        """Return the job's first model, if this site is to build it, and the number of training examples."""
+        return (self.build() if build else None), self.num_examples()
 
     def moments(self, tensors: Tensors, step: RoundContext) -> Fit:
         """Train on and return the weights' moments as float32 tensors `first/<name>` and `second/<name>` (SWAG)."""

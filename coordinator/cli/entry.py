@@ -23,14 +23,19 @@ _COMMANDS = {  # name -> (where it is defined, what it does)
     "up": ("coordinator.cli.stack:up", "Start an embedded stack: broker, coordinator, sites."),
     "down": ("coordinator.cli.stack:down", "Stop the embedded stack; its data stays."),
     "status": ("coordinator.cli.stack:status", "Show how the embedded stack is."),
+    "serve": ("coordinator.cli.serve:serve", "Serve the coordinator's models and jobs over HTTP."),
     "submit": ("coordinator.cli.jobs:submit", "Submit a job file."),
     "jobs": ("coordinator.cli.jobs:jobs", "List the jobs, or show one."),
     "watch": ("coordinator.cli.jobs:watch", "Follow a job until it ends."),
     "abort": ("coordinator.cli.jobs:abort", "End a job now."),
+    "why": ("coordinator.cli.why:why", "Say what a job waits for, since when and until when."),
+    "doctor": ("coordinator.cli.doctor:doctor", "Check everything that the coordinator needs, and say what to mend."),
     "sites": ("coordinator.cli.sites:sites", "List, enroll, enable, disable and remove sites."),
     "keys": ("coordinator.cli.keys:keys", "Make a signing key, or show its public half."),
-    "models": ("coordinator.cli.models:models", "List the models, or show one with its lineage."),
-    "download": ("coordinator.cli.models:download", "Write a model to a safetensors file."),
+    "models": ("coordinator.cli.models:models", "List, show, put, get and delete models."),
+    "verify": ("coordinator.cli.verify:verify", "Recompute a global model from its updates, and compare to the bit."),
+    "gc": ("coordinator.cli.gc:gc", "Remove the bytes that no model needs any more."),
+    "store": ("coordinator.cli.store:store", "Serve models, and manage model stores, tenants and upstreams."),
 }
 
 
@@ -69,7 +74,7 @@ Exit codes:
   1    something else went wrong
   2    the input is not valid: an option, a setting, a job file
   3    there is no such job, site, model or stack
-  4    the state does not allow it: it runs already, or has ended
+  4    it is not allowed: by the state (it runs already, or has ended), or to this caller
   5    a service, a port or disk space is missing
   6    the job that was waited for failed or was aborted
   130  interrupted""",

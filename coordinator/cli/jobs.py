@@ -144,7 +144,7 @@ def _watch(services: Services, job: Job, *, as_json: bool) -> None:
         print_json(progress_document(progress))
     check_completed(progress)
     if not as_json:
-        click.echo(f"Job {job.name} completed. Its model: fedchord download --job {job.job_id[:8]}")
+        click.echo(f"Job {job.name} completed. Its model: fedchord models get --job {job.job_id[:8]}")
 
 
 def _list(services: Services, limit: int, *, as_json: bool) -> None:

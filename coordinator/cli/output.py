@@ -26,9 +26,13 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 def open_coordinator(config: Path | None, *, needs_broker: bool = True) -> Services:
     """Open the coordinator's services; without a settings file, those of the stack in this folder if there is one."""
-    default = StackFolder(DEFAULT_FOLDER).settings_file
-    settings = Settings.load(config or (default if default.exists() else None))
-    return open_services(settings, needs_broker=needs_broker)
+    return open_services(Settings.load(config or default_settings_file()), needs_broker=needs_broker)
+
+
+def default_settings_file() -> Path | None:
+    """Return the settings file of the stack in this folder, or None if there is no stack."""
+    file = StackFolder(DEFAULT_FOLDER).settings_file
+    return file if file.exists() else None
 
 
 def console() -> Console:

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from common.errors import InvalidInput, Unavailable
+from common.settings import Settings
 from coordinator.cli.output import console, json_option, print_json, table
 from coordinator.stack import lifecycle
 from coordinator.stack.folder import StackFolder
@@ -18,6 +19,7 @@ folder_option = click.option(
     show_default=True,
     help="The folder that holds the stack.",
 )
+_ACCESS = {"open": "open to everybody on this machine", "keys": "with an API key and secret"}
 _PORT = click.IntRange(1, 65535)
 
 
@@ -42,6 +44,7 @@ Example:
     help="The sites' data: a folder with one folder for each site, named like the site.",
 )
 @click.option("--port", type=_PORT, help="The broker's port.  [default: any free one]")
+@click.option("--http-port", type=_PORT, help="The HTTP service's port.  [default: any free one at the first `up`]")
 @click.option("--flower/--no-flower", default=None, help="Start Flower, the dashboard of the queues.  [default: no]")
 @click.option("--flower-port", type=_PORT, help="Flower's port.  [default: any free one]")
 @json_option
@@ -51,6 +54,7 @@ def up(
     trainers: tuple[str, ...],
     site_data: Path | None,
     port: int | None,
+    http_port: int | None,
     flower: bool | None,
     flower_port: int | None,
     as_json: bool,
@@ -58,13 +62,15 @@ def up(
     """Start an embedded stack: broker, coordinator, sites.
 
     All of it runs on this machine as processes of your own, reachable from this machine only, until `fedchord down`.
-    What is not said here stays as it was at the last `up` of the same folder; jobs that were running go on.
+    The coordinator's models and jobs can also be had over HTTP, at the URL that `up` and `status` show. What is not
+    said here stays as it was at the last `up` of the same folder; jobs that were running go on.
     """
     wishes = Wishes(
         num_sites=num_sites,
         trainers=dict(map(_parse_trainer, trainers)) if trainers else None,
         site_data=site_data,
         broker_port=port,
+        http_port=http_port,
         flower=True if flower_port is not None and flower is None else flower,
         flower_port=flower_port,
     )
@@ -74,6 +80,7 @@ def up(
         return
     click.echo(f"The stack in {found.folder} is up: {len(found.processes)} processes.")
     click.echo(f"Broker   {found.broker}")
+    click.echo(f"HTTP     {found.http} (models and jobs, {_ACCESS[Settings.load(found.settings_file).http_access]})")
     if found.flower is not None:
         password = StackFolder(folder).load().flower_password
         click.echo(f"Flower   {found.flower} (user fedchord, password {password})")
@@ -121,6 +128,8 @@ def status(folder: Path, as_json: bool) -> None:
         print_json(_document(found))
     else:
         rows = [(each.name, each.state.lower(), each.pid or None, _uptime(each.seconds)) for each in found.processes]
+        if found.is_running and found.http is not None:
+            click.echo(f"HTTP service: {found.http}")
         console().print(table(["PROCESS", "STATE", "PID", "UP FOR"], rows, empty=_stopped(found)))
         if found.is_running and found.sites_missing:
             click.echo(f"No heartbeat from {', '.join(found.sites_missing)}; see the logs in {found.folder / 'logs'}.")
@@ -143,6 +152,7 @@ def _document(found: StackStatus) -> dict[str, object]:
         "well": found.is_well,
         "broker": found.broker,
         "settings_file": found.settings_file,
+        "http": found.http,
         "flower": found.flower,
         "processes": found.processes,
         "sites_missing": found.sites_missing,

@@ -16,9 +16,11 @@ import coordinator
 from common.errors import FedChordError, InvalidInput, JobFailed, NotFound
 from common.settings import Settings
 from coordinator.demo.children import Child
+from coordinator.demo.edges import EDGE_TRAINER_CLASS, Edges, read_shares, running_edges
 from coordinator.demo.results import Summary, median_seconds, write_metrics
 from coordinator.jobfile import JobSpec, read_job_file
 from coordinator.jobs import JobState
+from coordinator.model_weights import model_weights
 from coordinator.progress import JobProgress
 from coordinator.rounds import Part, RoundKind, find_parts
 from coordinator.services import Services, open_services
@@ -28,7 +30,6 @@ from coordinator.submitting import submit
 from store.database import reading
 from store.export import export_single
 from store.models import find_models
-from store.weights import load_index
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +47,23 @@ _OUTPUTS = ("summary.json", "metrics.csv", "accuracy.png", "model.safetensors")
 class DemoPlan:
     """What to demonstrate."""
 
-    num_sites: int = DEFAULT_SITES
+    num_sites: int = DEFAULT_SITES  # of all edges together
+    num_edges: int = 0  # 0: the sites are the coordinator's own
     rounds: int | None = None  # None: as many as the example's job file says
     alpha: float = DEFAULT_ALPHA  # of the Dirichlet distribution of classes over sites; small: very different sites
     seed: int = DEFAULT_SEED
     output: Path  # the folder for the results
 
     @property
+    def places(self) -> str:
+        """Return how many sites there are, in words."""
+        return f"{self.num_sites} sites" + (f" of {self.num_edges} edges" if self.num_edges else "")
+
+    @property
     def is_default_size(self) -> bool:
         """Return whether the promises about accuracy hold."""
-        return self.num_sites == DEFAULT_SITES and self.rounds is None and self.alpha == DEFAULT_ALPHA
+        sizes = (self.num_sites, self.num_edges, self.rounds, self.alpha)
+        return sizes == (DEFAULT_SITES, 0, None, DEFAULT_ALPHA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +85,8 @@ def demonstrate(plan: DemoPlan, audience: Audience) -> Summary:
     with _ended_by_sigterm(), _scratch() as scratch, ExitStack() as children:
         audience.say(f"Splitting the handwritten digits over {plan.num_sites} sites (Dirichlet {plan.alpha:g}) …")
         data = _split(plan, scratch / "data")
-        audience.say(f"Starting Valkey, the coordinator and {plan.num_sites} sites …")
         starting = time.monotonic()
-        with _stack(scratch / "stack", plan, spec, data) as services:
+        with _federation(scratch, plan, spec, data, audience) as (services, edges):
             submitted = time.monotonic()
             progress = audience.follow(services, submit(services, spec).job_id)
             ended = time.monotonic()
@@ -87,13 +94,15 @@ def demonstrate(plan: DemoPlan, audience: Audience) -> Summary:
                 raise JobFailed(f"The demonstration's job is {progress.job.state}: {progress.job.reason}")
             models = _export_models(services, progress, scratch)
             write_metrics(scratch / "metrics.csv", progress, _parts(services, progress))
+            shares = read_shares(services, progress, edges) if edges is not None else ()
             audience.say("Training the same network centralized, and at each site alone, to compare with …")
             measuring = children.enter_context(_measure(plan, spec, data, models))
         measured = measuring.result()  # went on while the stack stopped
         accuracies = [measured["model_accuracies"][model.name] for model in models]
-        _draw(scratch, measured, accuracies, title=f"Digits at {plan.num_sites} sites, Dirichlet {plan.alpha:g}")
+        _draw(scratch, measured, accuracies, title=f"Digits at {plan.places}, Dirichlet {plan.alpha:g}")
         summary = Summary(
             sites=plan.num_sites,
+            edges=plan.num_edges,
             rounds=progress.rounds_done,
             federated_accuracy=accuracies[-1],
             centralized_accuracy=measured["centralized_accuracy"],
@@ -106,6 +115,7 @@ def demonstrate(plan: DemoPlan, audience: Audience) -> Summary:
             alpha=plan.alpha,
             seed=plan.seed,
             job_id=progress.job.job_id,
+            shares=shares,
         )
         (scratch / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", "utf-8")
         models[-1].replace(scratch / "model.safetensors")
@@ -120,7 +130,8 @@ def _job(plan: DemoPlan) -> JobSpec:
     if not file.is_file():
         raise NotFound(f"There is no {file}: the demonstration runs from a source tree of FedChord, by `make demo`.")
     spec = read_job_file(file)
-    changes = {"rounds": plan.rounds or spec.rounds, "seed": plan.seed, "min_sites": plan.num_sites, "test_every": 1}
+    changes = {"rounds": plan.rounds or spec.rounds, "seed": plan.seed, "test_every": 1}
+    changes["min_sites"] = plan.num_edges or plan.num_sites
     return spec.model_copy(update=changes)
 
 
@@ -163,11 +174,36 @@ def _scratch() -> Iterator[Path]:
 
 
 @contextmanager
-def _stack(folder: Path, plan: DemoPlan, spec: JobSpec, data: Path) -> Iterator[Services]:
+def _federation(
+    scratch: Path, plan: DemoPlan, spec: JobSpec, data: Path, audience: Audience
+) -> Iterator[tuple[Services, Edges | None]]:
+    """Run a coordinator whose sites have the data, or one whose sites are edges that have the sites."""
+    with ExitStack() as running:
+        edges, trainer = None, TRAINER_CLASS
+        if plan.num_edges:
+            audience.say(f"Starting {plan.num_edges} edges, each with its own coordinator, HTTP service and sites …")
+            edges = running.enter_context(
+                running_edges(
+                    scratch,
+                    num_edges=plan.num_edges,
+                    data=data,
+                    sites=[f"site-{number}" for number in range(1, plan.num_sites + 1)],
+                    trainer=spec.trainer,
+                    trainer_class=TRAINER_CLASS,
+                    code=_ROOT,
+                )
+            )
+            trainer = EDGE_TRAINER_CLASS
+        audience.say(f"Starting Valkey, the coordinator and {plan.num_edges or plan.num_sites} sites …")
+        wishes = Wishes(
+            trainers={spec.trainer: trainer}, site_data=edges.site_data if edges else data, working_folder=_ROOT
+        )
+        yield running.enter_context(_stack(scratch / "stack", wishes)), edges
+
+
+@contextmanager
+def _stack(folder: Path, wishes: Wishes) -> Iterator[Services]:
     """Run an embedded stack for the length of the block."""
-    wishes = Wishes(
-        num_sites=plan.num_sites, trainers={spec.trainer: TRAINER_CLASS}, site_data=data, working_folder=_ROOT
-    )
     try:
         with open_services(Settings.load(lifecycle.up(folder, wishes).settings_file)) as services:
             yield services
@@ -192,7 +228,7 @@ def _export_models(services: Services, progress: JobProgress, scratch: Path) -> 
     files = []
     for model in found:
         files.append(folder / f"round-{model.round}.safetensors")
-        export_single(services.blobs, load_index(services.blobs, model.model_hash), files[-1])
+        export_single(services.blobs, model_weights(services.blobs, model), files[-1])
     return files
 
 

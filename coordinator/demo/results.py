@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from coordinator.demo.edges import Share
 from coordinator.progress import JobProgress
 from coordinator.rounds import Part, Round, RoundKind, RoundState
 
@@ -20,6 +21,7 @@ class Summary:
     """The demonstration in numbers; every one of them is measured in the run. This is summary.json."""
 
     sites: int
+    edges: int  # between the coordinator and the sites; 0 if there are none
     rounds: int  # training rounds
     federated_accuracy: float  # of the final global model, on the held-out digits that no site has seen
     centralized_accuracy: float  # of the same network trained on all sites' digits together, on the same digits
@@ -32,6 +34,7 @@ class Summary:
     alpha: float  # of the Dirichlet distribution that split the digits
     seed: int
     job_id: str
+    shares: tuple[Share, ...]  # of each edge and its sites; empty if there are none
 
 
 def shortcomings(summary: Summary) -> list[str]:

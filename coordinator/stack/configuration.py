@@ -29,6 +29,8 @@ def configure(folder: StackFolder, stack: Stack) -> Settings:
         "blob_store": "folder",
         "blob_folder": "blobs",
         "cache_folder": "cache",
+        "http_port": stack.http_port or 0,
+        "store_key_file": "store.key",
         "signing_key_file": folder.key_file.name,
     }
     write_settings(

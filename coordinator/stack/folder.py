@@ -30,6 +30,7 @@ class Stack(BaseModel):
     working_folder: Path  # where `up` ran: the sites import their trainers from there
     broker_port: int
     broker_password: str = Field(default_factory=_password)
+    http_port: int | None = None  # of the model store's service; None in what a FedChord without one has written
     flower_port: int | None = None  # None: no Flower
     flower_password: str = Field(default_factory=_password)
     supervisor_socket: Path

@@ -42,6 +42,7 @@ class StackStatus:
     sites_missing: tuple[str, ...]  # without a heartbeat; all, if the broker does not answer
     broker: str  # its URL without the password
     settings_file: Path  # the coordinator's
+    http: str | None  # the URL of the model store's service
     flower: str | None  # its URL
     leftovers: int  # processes that run although the supervisor does not
 
@@ -104,9 +105,14 @@ def status(path: Path) -> StackStatus:
         sites_missing=tuple(missing),
         broker=hide_password(broker_url(stack)),
         settings_file=folder.settings_file,
-        flower=None if stack.flower_port is None else f"http://{LOOPBACK}:{stack.flower_port}",
+        http=_url(stack.http_port),
+        flower=_url(stack.flower_port),
         leftovers=0 if is_running else len(find_leftovers(stack)),
     )
+
+
+def _url(port: int | None) -> str | None:
+    return None if port is None else f"http://{LOOPBACK}:{port}"
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from coordinator.stack.valkey import valkey_command
 
 BROKER = "valkey"
 COORDINATOR = "coordinator"
+HTTP = "http"
 FLOWER = "flower"
 SITES = "sites"  # the group of all sites
 
@@ -43,6 +44,13 @@ def stack_programs(folder: StackFolder, stack: Stack) -> tuple[list[Program], li
         Program(
             name=COORDINATOR,
             command=(*_CELERY, "-A", "coordinator", "worker", *_events(stack), "-n", "coordinator@%%h"),
+            folder=folder.path,
+            environment=coordinator,
+            priority=20,
+        ),
+        Program(
+            name=HTTP,
+            command=(sys.executable, "-m", "coordinator.cli", "serve"),
             folder=folder.path,
             environment=coordinator,
             priority=20,

@@ -1,9 +1,10 @@
-"""Wait until a stack works: its broker, its coordinator, every site and Flower answer."""
+"""Wait until a stack works: its broker, its coordinator, its HTTP service, every site and Flower answer."""
 
 import socket
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from redis import Redis
@@ -14,7 +15,7 @@ from common.heartbeats import read_heartbeats
 from common.settings import Settings
 from coordinator.stack.folder import Stack, StackFolder
 from coordinator.stack.ports import LOOPBACK
-from coordinator.stack.programs import BROKER, COORDINATOR, FLOWER
+from coordinator.stack.programs import BROKER, COORDINATOR, FLOWER, HTTP
 from coordinator.stack.supervision import Supervisor
 
 _POLL_SECONDS = 0.1
@@ -52,8 +53,9 @@ class Readiness:
         name = f"{COORDINATOR}@{socket.gethostname()}"
         with make_coordinator_app(settings) as app:
             self._wait(lambda: None if app.control.ping([name], timeout=_PING_SECONDS, limit=1) else COORDINATOR)
-        port = self._stack.flower_port
-        self._wait(lambda: None if port is None or _listens(port) else FLOWER)
+        for name, port in ((HTTP, self._stack.http_port), (FLOWER, self._stack.flower_port)):
+            if port is not None:
+                self._wait(partial(_silent, name, port))
 
     def _wait(self, missing: Callable[[], str | None]) -> None:
         """Ask until no process is missing."""
@@ -91,6 +93,11 @@ def _tail(log: Path, *, skip: int) -> str:
     new = data[skip:] if len(data) >= skip else data  # shorter: it was rotated
     lines = [line for line in new.decode("utf-8", errors="replace").splitlines() if line.strip()]
     return "\n".join(lines[-_TAIL_LINES:])
+
+
+def _silent(name: str, port: int) -> str | None:
+    """Return the name of the process as long as nobody listens at its port."""
+    return None if _listens(port) else name
 
 
 def _listens(port: int) -> bool:

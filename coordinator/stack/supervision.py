@@ -103,6 +103,8 @@ class Supervisor:
             if fault.faultCode == _SHUTTING_DOWN:
                 return None
             raise Unavailable(f"The stack's supervisor refuses {method}: {fault.faultString}.") from fault
+        finally:
+            self._server("close")()
 
 
 _SHUTTING_DOWN = 6  # supervisor.xmlrpc.Faults.SHUTDOWN_STATE
@@ -134,4 +136,6 @@ class _SocketTransport(xmlrpc.client.Transport):
 
     def make_connection(self, host: Any) -> http.client.HTTPConnection:
         """Return a new connection: a kept one would hide that the supervisor has ended."""
-        return _SocketConnection(self._path)
+        connection = _SocketConnection(self._path)
+        self._connection = host, connection  # where `close` looks for it
+        return connection

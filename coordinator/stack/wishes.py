@@ -23,6 +23,7 @@ class Wishes:
     trainers: Mapping[str, str] | None = None  # name -> "module:Class", on every site's list
     site_data: Path | None = None  # has one folder for each site, named like the site
     broker_port: int | None = None
+    http_port: int | None = None
     flower: bool | None = None
     flower_port: int | None = None
     working_folder: Path | None = None  # where the sites import their trainers from; the current folder if None
@@ -43,6 +44,8 @@ def plan_stack(folder: StackFolder, last: Stack | None, wishes: Wishes) -> Stack
         "trainers": dict(wishes.trainers) if wishes.trainers is not None else last.trainers if last else {},
         "working_folder": check_path(wishes.working_folder or Path.cwd()),
         "broker_port": choose_port(wishes.broker_port, option="--port", else_last=last.broker_port if last else None),
+        # Others have written this address down, so that the last port is not given up for another one.
+        "http_port": choose_port(wishes.http_port or (last.http_port if last else None), option="--http-port"),
         "flower_port": flower_port if wants_flower else None,
         "supervisor_socket": _socket(folder, last),
     }

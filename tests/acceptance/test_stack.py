@@ -11,7 +11,9 @@ import psutil
 import pytest
 import urllib3
 
+from store.client import Api
 from store.tensors import read_tensors
+from tests.servers import free_ports
 from tests.workplace import Workplace, wait_for
 
 
@@ -25,6 +27,7 @@ def test_status_lists_every_process_of_a_stack_that_runs(running: Workplace) -> 
     assert {each["name"]: each["state"] for each in status["processes"]} == {
         "coordinator": "RUNNING",
         "flower": "RUNNING",
+        "http": "RUNNING",
         "site-1": "RUNNING",
         "site-2": "RUNNING",
         "valkey": "RUNNING",
@@ -62,6 +65,29 @@ def test_flower_shows_every_worker_and_task_by_name_to_whoever_has_the_password(
     wait_for(lambda: names()[0] >= workers and names()[1] >= tasks, seconds=30, what="Flower shows them")
 
 
+def test_the_http_service_serves_the_models_and_the_jobs_of_the_stack(running: Workplace) -> None:
+    url = running.run("status", "--json").json["http"]
+    with Api(url) as api:
+        spec = {"name": "by http", "trainer": "counting", "rounds": 2, "min_sites": 2}
+        job = api.call("job.submit", spec=spec, key="the-only-one")
+        assert api.call("job.submit", spec=spec, key="the-only-one")["job_id"] == job["job_id"]
+        ended = api.call("job.get", job_id=job["job_id"], wait_seconds=30)
+        assert (ended["state"], ended["model_id"]) == (
+            "completed",
+            api.get_latest_aggregated_model("ddc:by http")["model_id"],
+        )
+        count = b"".join(api.load_model("ddc:by http", ended["model_id"]))
+    (running.folder / "by-http.safetensors").write_bytes(count)
+    assert read_tensors(running.folder / "by-http.safetensors")["count"].tolist() == [2.0, 2.0, 2.0]
+    assert running.run("jobs", job["job_id"], "--json").json["state"] == "completed"
+
+
+def test_the_http_service_listens_on_loopback_only(running: Workplace) -> None:
+    service = psutil.Process(pid_of(running, "http"))
+    listening = [each.laddr.ip for each in service.net_connections() if each.status == psutil.CONN_LISTEN]
+    assert listening == ["127.0.0.1"]
+
+
 def test_a_second_up_is_refused_and_disturbs_nothing(running: Workplace) -> None:
     before = pid_of(running, "coordinator")
     ended = running.run("up", code=4)
@@ -76,17 +102,17 @@ def test_a_job_that_is_watched_to_its_end_leaves_a_model(running: Workplace) -> 
     assert running.run("jobs", job_id[:8], "--json").json == ended
     assert job_id in [job["job_id"] for job in running.run("jobs", "--json").json]
 
-    models = running.run("models", "--job", job_id, "--kind", "global", "--json").json
+    models = running.run("models", "list", "--job", job_id, "--kind", "global", "--json").json
     assert [model["round"] for model in models] == [3, 2, 1]
-    shown = running.run("models", models[0]["model_id"][:13], "--json").json
-    assert shown["lineage"][0]["model_id"] == models[0]["model_id"]
+    shown = running.run("models", "show", models[0]["model_id"][:13], "--json").json
+    assert shown["tensors"] == {"count": {"dtype": "F32", "shape": [3]}}
 
-    running.run("download", "--job", job_id, "--output", "count.safetensors")
+    running.run("models", "get", "--job", job_id, "--output", "count.safetensors")
     tensors = read_tensors(running.folder / "count.safetensors")
     assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"count": [3.0, 3.0, 3.0]}
-    refused = running.run("download", "--job", job_id, "--output", "count.safetensors", code=2)
+    refused = running.run("models", "get", "--job", job_id, "--output", "count.safetensors", code=2)
     assert "is there already" in refused.err
-    files = running.run("download", models[0]["model_id"], "--shards", "--output", "count", "--json").json["files"]
+    files = running.run("models", "get", models[0]["model_id"], "--shards", "--output", "count", "--json").json["files"]
     assert sorted(Path(file).name for file in files) == [
         "model-00001-of-00001.safetensors",
         "model.safetensors.index.json",
@@ -200,14 +226,14 @@ def test_a_kit_has_the_broker_url_that_was_made_for_its_site(running: Workplace)
     [
         (["jobs", "no-such-job"], 3, "no job"),
         (["watch", "no-such-job"], 3, "no job"),
-        (["models", "no-such-model"], 3, "no model"),
+        (["models", "show", "no-such-model"], 3, "no model"),
         (["submit", "no-such-file.toml"], 2, "no-such-file.toml"),
         (["sites", "add", "Not A Name"], 2, "not valid"),
         (["sites", "add", "clinic-c", "--public-key", "AAAA"], 2, "copy it again"),
         (["sites", "add", "clinic-c", "--broker-url", "broker.example.org"], 2, "redis://"),
         (["keys", "show", "no-such.key"], 2, "no-such.key"),
         (["keys", "new", "counting.py"], 4, "is there already"),
-        (["download"], 2, "--job"),
+        (["models", "get"], 2, "--job"),
     ],
 )
 def test_a_mistake_is_told_in_one_sentence(running: Workplace, arguments: list[str], code: int, words: str) -> None:
@@ -244,8 +270,8 @@ def test_on_a_full_disk_a_job_is_not_taken_and_a_model_not_half_written(running:
     jobs = running.run("jobs", "--json").json
     for arguments in (
         ["submit", "job.toml"],
-        ["download", "--job", job_id, "--output", "full.safetensors"],
-        ["download", "--job", job_id, "--output", "full", "--shards"],
+        ["models", "get", "--job", job_id, "--output", "full.safetensors"],
+        ["models", "get", "--job", job_id, "--output", "full", "--shards"],
         ["keys", "new", "full.key"],
         ["sites", "add", "clinic-e"],
     ):
@@ -282,7 +308,7 @@ def test_a_job_goes_on_after_down_and_up(workplace: Workplace) -> None:
     def rounds_done() -> int:
         return int(workplace.run("jobs", job_id, "--json").json["rounds_done"])
 
-    workplace.up()
+    url = workplace.up()["http"]
     job_id = workplace.run("submit", workplace.job_file(rounds=100_000), "--json").json["job_id"]
     wait_for(lambda: rounds_done() >= 1, seconds=60, what="a round is done")
     workplace.run("down")
@@ -290,7 +316,12 @@ def test_a_job_goes_on_after_down_and_up(workplace: Workplace) -> None:
     for arguments in (["watch", job_id], ["submit", "job.toml"], ["abort", job_id]):
         assert "The broker at" in workplace.run(*arguments, code=5).err
 
-    workplace.run("up")
+    with socket.socket() as taken:  # others have written the service's address down: it is not changed in silence
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", int(url.rpartition(":")[2])))
+        taken.listen()
+        assert "choose another one with --http-port" in workplace.run("up", code=5).err
+    assert f"HTTP     {url} (models and jobs, open to everybody on this machine)" in workplace.run("up").out
     before = rounds_done()
     wait_for(lambda: rounds_done() > before + 1, seconds=60, what="the job goes on")
     workplace.run("down")
@@ -302,8 +333,8 @@ def test_what_only_reads_records_and_blobs_works_while_the_stack_is_down(workpla
     job_id, model_id = ended["job_id"], ended["model_id"]
     workplace.run("down")
     assert workplace.run("jobs", job_id, "--json").json == ended
-    assert workplace.run("models", model_id[:13], "--json").json["model_id"] == model_id
-    workplace.run("download", model_id[:13], "--output", "count.safetensors")
+    assert workplace.run("models", "show", model_id[:13], "--json").json["model_id"] == model_id
+    workplace.run("models", "get", model_id[:13], "--output", "count.safetensors")
     assert read_tensors(workplace.folder / "count.safetensors")["count"].tolist() == [1.0, 1.0, 1.0]
     workplace.run("sites", "disable", "site-2", "--reason", "moving")
     listed = workplace.run("sites", "--json")
@@ -319,10 +350,21 @@ def test_what_only_reads_records_and_blobs_works_while_the_stack_is_down(workpla
 
 
 def test_a_process_that_is_killed_is_started_again(workplace: Workplace) -> None:
-    workplace.up()
-    killed = psutil.Process(pid_of(workplace, "coordinator"))
-    killed.kill()
-    wait_for(lambda: not killed.is_running(), seconds=10, what="it is gone")
+    (port,) = free_ports(1)
+    assert workplace.up("--http-port", str(port))["http"] == f"http://127.0.0.1:{port}"
+    processes = [psutil.Process(pid_of(workplace, name)) for name in ("coordinator", "http")]
+    for killed in processes:
+        killed.kill()
+    wait_for(lambda: not any(each.is_running() for each in processes), seconds=10, what="they are gone")
     ended = workplace.run("submit", workplace.job_file(rounds=2), "--watch", "--json").json
     assert ended["state"] == "completed"
+    wait_for(lambda: _answers(port), seconds=30, what="the HTTP service is back")
     workplace.run("down")
+    assert not _answers(port)
+
+
+def _answers(port: int) -> bool:
+    try:
+        return urllib3.request("GET", f"http://127.0.0.1:{port}/health", retries=False).status == 200
+    except urllib3.exceptions.HTTPError:
+        return False

@@ -220,7 +220,13 @@ def test_a_site_that_was_not_asked_for_the_first_model_cannot_give_one(running: 
     services = running.services
     known = store_weights(services.blobs, update(666), services.settings.shard_bytes)  # as from an earlier job
     ours = store_weights(services.blobs, update(7), services.settings.shard_bytes)
-    given = ModelInfo(store="test", model_hash=ours.index.digest, model_size=ours.size, shards=ours.shards)
+    given = ModelInfo(
+        store="test",
+        model_hash=ours.index.digest,
+        index_hash=ours.index.digest,
+        model_size=ours.size,
+        shards=ours.shards,
+    )
     with writing(services.engine) as connection:
         add_model(connection, given)
     job = submit(services, running.spec(sites=("alpha", "beta"), min_sites=1, initial_model={"model": given.model_id}))
