@@ -22,8 +22,9 @@ from coordinator.cli.reference import reference
 from coordinator.jobfile import InitialModel, JobSpec, StrategyTable
 from coordinator.strategies import STRATEGIES
 from coordinator.strategies.base import Strategy
-from docs import meanings
+from docs import meanings, method_meanings, methods
 from docs.fields import describe_fields, field_table, table
+from worker.edge_settings import EdgeSettings
 
 REFERENCE = Path(__file__).with_name("reference")
 
@@ -78,6 +79,12 @@ def torch_config_table() -> str:
     return field_table(describe_fields(TorchConfig, meanings.TORCH))
 
 
+def edge_table() -> str:
+    """Return the keys of edge.toml."""
+
+    return field_table(describe_fields(EdgeSettings, method_meanings.EDGE))
+
+
 def strategies() -> str:
     """Return every strategy with its paper and its options."""
     return "\n\n".join(_strategy(name, strategy) for name, strategy in STRATEGIES.items())
@@ -126,6 +133,12 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "site-messages": site_messages,
     "answers": answers,
     "references": references,
+    "model-store-methods": methods.methods,
+    "model-store-documents": methods.documents,
+    "model-store-states": methods.states,
+    "model-store-errors": methods.error_codes,
+    "model-store-limits": methods.limits,
+    "edge-settings": edge_table,
 }
 
 

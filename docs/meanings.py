@@ -3,10 +3,12 @@
 JOB = {
     "name": "The job's name, for people; its models are in the model store `ddc:<name>`.",
     "trainer": "A name on the sites' own lists of trainers. A site that does not have it declines.",
-    "rounds": "How many training rounds.",
+    "rounds": "How many training rounds; 0 to build a model, or take the given one, and only test it.",
     "sites": "Who takes part. Without it: every site that is enrolled and enabled at the time of submission.",
     "min_sites": "The quorum: so many sites must have answered well for a round to count. Without it: more than half.",
     "round_deadline_seconds": "How long a round waits for answers, in seconds; what is missing then is dropped.",
+    "start_deadline_seconds": "The same for the start, in which sites are asked whether they can take part. "
+    "Without it: `round_deadline_seconds`.",
     "seed": "What all random numbers are derived from; the same seed and data give the same model, to the bit.",
     "test_every": "A test round follows after every so many training rounds and after the last; 0 for none.",
     "swag": "After the last training round, collect the weights' first and second moments in one more round.",
@@ -17,7 +19,8 @@ JOB = {
 STRATEGY = {"name": "The strategy's name; its options are the table's other keys."}
 INITIAL_MODEL = {
     "file": "A .safetensors file; relative to the job file.",
-    "model": "The id of a model that the coordinator has stored, for instance an earlier job's last one.",
+    "model": "The id of a stored model that holds tensors: an earlier job's, or a safetensors file that was put into "
+    "the model store.",
 }
 MESSAGE = {
     "config": "The job file's [config], with what the strategy adds.",

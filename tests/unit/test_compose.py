@@ -20,7 +20,7 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 EXAMPLE = dict(re.findall(r"^([A-Z_]+)=(.*)$", (FOLDER / ".env.example").read_text("utf-8"), re.MULTILINE))
 DOCKERFILE = (FOLDER / "Dockerfile").read_text("utf-8")
 
-LONG_RUNNING = ("redis", "minio", "postgres", "coordinator", "flower", "site-1", "site-2")
+LONG_RUNNING = ("redis", "minio", "postgres", "coordinator", "http", "flower", "site-1", "site-2")
 ONCE = ("enroll", "sample-data")
 NOT_SECRET = {"TORCH_INDEX_URL"}
 
@@ -122,10 +122,16 @@ def test_health_check_asks_the_service_itself(service: str) -> None:
     assert SERVICES[service]["healthcheck"]["test"][-1] == f"{service}@{service}"
 
 
-def test_only_flower_is_published_and_on_loopback_only() -> None:
+def test_only_flower_and_the_http_service_are_published_and_on_loopback_only() -> None:
     assert {name: each["ports"] for name, each in SERVICES.items() if "ports" in each} == {
-        "flower": ["127.0.0.1:5555:5555"]
+        "flower": ["127.0.0.1:5555:5555"],
+        "http": ["127.0.0.1:8790:8790"],
     }
+
+
+def test_http_service_asks_for_keys() -> None:
+    assert environment("http")["FEDCHORD_HTTP_ACCESS"] == "keys"
+    assert environment("http")["FEDCHORD_STORE_KEY_FILE"].startswith("/state/")  # which outlives the container
 
 
 def test_images_are_pinned() -> None:

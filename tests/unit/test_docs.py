@@ -1,11 +1,13 @@
 """The documentation is true: what it names is there, what is there is named, and what it shows runs."""
 
+import inspect
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest.mock import Mock
 
 import click
 import pytest
@@ -19,9 +21,16 @@ from coordinator.cli.entry import cli
 from coordinator.cli.reference import contexts
 from coordinator.jobfile import InitialModel, JobSpec, StrategyTable
 from coordinator.strategies import STRATEGIES
-from docs import meanings
+from docs import meanings, method_meanings
 from docs.fields import describe_fields
 from docs.generate import BLOCKS, REFERENCE, generated_pages
+from store.client import Api
+from store.documents import model_document, party_document, store_document, upstream_document
+from store.local import LocalApi
+from store.models import ModelInfo, ModelState
+from store.service.codes import CODES
+from store.service.methods import DOWNLOAD_METHOD, LOCAL_METHODS, UPLOAD_METHODS
+from worker.edge_settings import EdgeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "compose").rglob("*.md")])
@@ -59,6 +68,13 @@ WORDS = [
     "attempt",
     "kit",
     "notice",
+    "node",
+    "edge",
+    "upstream",
+    "feedback",
+    "transfer",
+    "tenant",
+    "operator",
 ]
 PHRASES = ("global model", "model store", "test round", "embedded stack", "object store")
 
@@ -93,6 +109,7 @@ def test_every_generated_block_has_its_place() -> None:
         (StrategyTable, meanings.STRATEGY),
         (InitialModel, meanings.INITIAL_MODEL),
         (Settings, {}),
+        (EdgeSettings, method_meanings.EDGE),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -116,6 +133,61 @@ def test_setting_is_in_the_reference(name: str) -> None:
                                   if isinstance(each, type) and issubclass(each, FedChordError)])  # fmt: skip
 def test_error_is_in_the_reference(name: str) -> None:
     assert f"| `{name}` | {vars(errors)[name].exit_code} |" in reference("errors.md")
+
+
+SERVER_TO_SERVER = ("get_path", "offer_model", "register_party", "unregister_party", "put_blob")
+METHODS = sorted(
+    {*LOCAL_METHODS, *(name.removeprefix("fl.") for name in (*UPLOAD_METHODS, DOWNLOAD_METHOD))} - {*SERVER_TO_SERVER}
+)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_is_in_the_reference_with_an_example(name: str) -> None:
+    section = reference("model-store.md").partition(f"#### `fl.{name}`")[2].partition("\n###")[0]
+    assert f".{name}(" in section
+
+
+def test_methods_that_servers_call_are_in_the_reference() -> None:
+    assert [name for name in SERVER_TO_SERVER if f"`fl.{name}`" not in reference("model-store.md")] == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_client_has_the_methods_of_the_service(name: str) -> None:
+    here, there = (inspect.signature(getattr(each, name)).parameters for each in (LocalApi, Api))
+    assert [(each.name, each.kind, each.default) for each in there.values()] == [
+        (each.name, each.kind, each.default) for each in here.values()
+    ]
+
+
+def test_every_parameter_has_a_meaning_and_every_meaning_a_parameter() -> None:
+    used = {
+        (name, each) for name in METHODS for each in list(inspect.signature(getattr(LocalApi, name)).parameters)[1:]
+    }
+    assert [each for each in sorted(used) if not method_meanings.parameter(*each)] == []
+    known = method_meanings.known_parameters()
+    assert known <= used | {each for _, each in used}
+
+
+def test_documents_in_the_reference_have_the_fields_that_they_have() -> None:
+    documents = {
+        "model_info": model_document(ModelInfo(store="ddc:a", model_hash="", model_size=0)),
+        "ddc_info": store_document(Mock()),
+        "upstream_info": upstream_document(Mock()),
+        "party_info": party_document(Mock()),
+    }
+    assert {name: list(fields) for name, fields in method_meanings.DOCUMENTS.items()} == {
+        name: list(document) for name, document in documents.items()
+    }
+
+
+@pytest.mark.parametrize("state", list(ModelState))
+def test_state_is_in_the_reference(state: ModelState) -> None:
+    assert f"| `{state.name}` | {int(state)} |" in reference("model-store.md")
+
+
+@pytest.mark.parametrize("error", list(CODES), ids=lambda error: error.__name__)
+def test_error_code_is_in_the_reference(error: type[FedChordError]) -> None:
+    assert f"| {CODES[error][0]} | `{error.__name__}` |" in reference("model-store.md")
 
 
 @pytest.mark.parametrize("name", list(STRATEGIES))
@@ -173,10 +245,12 @@ def toml_blocks() -> list[tuple[Path, str]]:
 
 
 @pytest.mark.parametrize(("page", "block"), toml_blocks(), ids=lambda value: getattr(value, "stem", ""))
-def test_toml_is_a_job_file_or_settings(page: Path, block: str) -> None:
+def test_toml_is_a_job_file_or_settings_or_an_edge_toml(page: Path, block: str) -> None:
     values = tomllib.loads(block)
     if values.keys() <= Settings.model_fields.keys():
         Settings(**values)
+    elif "url" in values:
+        EdgeSettings.model_validate(values)
     else:
         required = {"name": "a-job", "trainer": "a-trainer", "rounds": 1}
         JobSpec.model_validate(required | values).strategy.make()

@@ -46,7 +46,7 @@ def test_a_good_file_is_read_with_its_defaults(tmp_path: Path) -> None:
     ("old", "new", "trouble"),
     [
         ("rounds = 20", "", "rounds: is missing"),
-        ("rounds = 20", "rounds = 0", "line 3: rounds: Input should be greater than or equal to 1, not 0"),
+        ("rounds = 20", "rounds = -1", "line 3: rounds: Input should be greater than or equal to 0, not -1"),
         ("rounds = 20", 'rounds = "many"', "line 3: rounds: Input should be a valid integer"),
         ("rounds = 20", "rounds = 20\nround = 1", "line 4: round: is not a field of a job file"),
         ("rounds = 20", "rounds = 20\nround_deadline_seconds = 0", "line 4: round_deadline_seconds: .* greater than 0"),

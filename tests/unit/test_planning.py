@@ -23,6 +23,10 @@ def job(*, model_id: str | None = "model", sites: tuple[str, ...] = ("a", "b", "
         ({"test_every": 2}, ["start 0", "train 1", "train 2", "test 2", "train 3", "test 3"]),  # and the last
         ({"test_every": 0, "swag": True}, ["start 0", "train 1", "train 2", "train 3", "swag 3"]),
         ({"rounds": 1, "swag": True}, ["start 0", "train 1", "test 1", "swag 1"]),
+        ({"rounds": 0}, ["start 0", "test 0"]),
+        ({"rounds": 0, "test_every": 0}, ["start 0"]),
+        ({"rounds": 0, "test_every": 5, "swag": True}, ["start 0", "test 0", "swag 0"]),
+        ({"rounds": 0, "test_every": 0, "swag": True}, ["start 0", "swag 0"]),
     ],
 )
 def test_a_job_goes_through_its_rounds_in_order(spec: dict[str, object], steps: list[str]) -> None:
@@ -36,6 +40,8 @@ def test_a_job_goes_through_its_rounds_in_order(spec: dict[str, object], steps: 
 def test_the_start_is_repeated_until_there_is_a_model() -> None:
     assert next_step(job(model_id=None), Step(kind=START, number=0)) == Step(kind=START, number=1)
     assert next_step(job(), Step(kind=START, number=1)) == Step(kind=TRAIN, number=1)
+    assert next_step(job(rounds=0), Step(kind=START, number=1)) == Step(kind=TEST, number=0)
+    assert next_step(job(rounds=0, swag=True, test_every=0), Step(kind=START, number=1)) == Step(kind=SWAG, number=0)
 
 
 @pytest.mark.parametrize(
