@@ -22,7 +22,7 @@ demo: install ## Train on handwritten digits over ten sites, with live progress
 	$(BIN)/fedchord demo
 
 test: install ## Run every test, against real servers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 test-fast: install ## Run the tests that need no server, in seconds
 	$(BIN)/python -m pytest tests/unit
@@ -41,6 +41,7 @@ bench: install ## Measure speed and memory beside the floor; some minutes
 	$(BIN)/python -m benchmarks.round_overhead
 	$(BIN)/python -m benchmarks.large_model
 	$(BIN)/python -m benchmarks.aggregate
+	$(BIN)/python -m benchmarks.model_store
 
 docs: install ## Write the reference pages that are made from the code
 	$(BIN)/python -m docs.generate

@@ -6,6 +6,7 @@ import time
 from typing import Any, Literal
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_UNWANTED = frozenset({"data", "color_message"})  # Celery's copy of the sentence, and uvicorn's with escape sequences
 
 
 class TextFormatter(logging.Formatter):
@@ -17,15 +18,12 @@ class TextFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
         """Return the sentence on one line: a site's words must neither look like other lines nor move the cursor."""
-        return "".join(
-            character if character.isprintable() else repr(character)[1:-1]
-            for character in super().formatMessage(record)
-        )
+        return _on_one_line(super().formatMessage(record))
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         fields = " ".join(f"{name}={value}" for name, value in _fields(record).items())
-        return super().format(record) + (f"  [{fields}]" if fields else "")
+        return super().format(record) + (f"  [{_on_one_line(fields)}]" if fields else "")
 
 
 class JsonFormatter(logging.Formatter):
@@ -54,9 +52,13 @@ def set_up_logs(level: str, style: Literal["text", "json"]) -> None:
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLevelName(level)))
 
 
+def _on_one_line(text: str) -> str:
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(record).items()
-        if name not in _STANDARD and not name.startswith("_") and name != "data"
+        if name not in _STANDARD and not name.startswith("_") and name not in _UNWANTED
     }

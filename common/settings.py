@@ -83,6 +83,9 @@ class Settings(BaseSettings):
         gt=0,
         description="After how long a site that is alive, idle and owes an answer is asked again, in seconds.",
     )
+    quarantine_days: float = Field(
+        14.0, gt=0, description="How long the bytes of a quarantined update are kept unless a person decides, in days."
+    )
     coordinator_threads: int = Field(4, ge=1, description="How many messages a coordinator worker handles at once.")
 
     # The model store's service

@@ -3,8 +3,10 @@
 import logging
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from types import MappingProxyType
 
 from sqlalchemy import Connection
 
@@ -16,8 +18,10 @@ from coordinator.dispatch import publish_round, send_notices
 from coordinator.jobs import LIVE, Job, JobState, change_job, get_job, lock_job
 from coordinator.lease import held_round
 from coordinator.model_weights import model_weights
+from coordinator.norms import find_outliers
 from coordinator.outbox import add_notices
 from coordinator.planning import Step, finish, plan_next
+from coordinator.quarantine import set_aside
 from coordinator.rounds import (
     Part,
     PartState,
@@ -81,9 +85,15 @@ def alive_sites(services: Services, sites: Sequence[str]) -> frozenset[str]:
 
 
 def _settle(services: Services, owner: str, job: Job, round_: Round, parts: Sequence[Part]) -> Round | None:
+    verdicts = _outliers(job, parts)
+    outliers = [part for part in parts if part.site in verdicts]
+    parts = [
+        replace(part, state=PartState.QUARANTINED, reason=verdicts[part.site]) if part.site in verdicts else part
+        for part in parts
+    ]
     accepted = [part for part in parts if part.state is PartState.ACCEPTED]
     if round_.kind is not RoundKind.TEST and len(accepted) < job.quorum:
-        _fail(services, owner, job, round_, no_quorum(job, round_, parts))
+        _fail(services, owner, job, round_, no_quorum(job, round_, parts), outliers, verdicts)
         return None
     started = time.monotonic()
     model = _make_model(services, job, round_, accepted)
@@ -108,6 +118,8 @@ def _settle(services: Services, owner: str, job: Job, round_: Round, parts: Sequ
         )
         if not closed:
             return None
+        for part in outliers:
+            set_aside(connection, part, verdicts[part.site])
         if model is not None and round_.kind is not RoundKind.START:
             add_model(connection, model)
         if model is not None and round_.kind is not RoundKind.SWAG:
@@ -126,6 +138,19 @@ def _settle(services: Services, owner: str, job: Job, round_: Round, parts: Sequ
         extra={"action": "close_round", "job": job.job_id, "round": round_.round_id, "metrics": metrics},
     )
     return following
+
+
+def _outliers(job: Job, parts: Sequence[Part]) -> dict[str, str]:
+    """Return why an update must not be aggregated, by site.
+
+    It is found from what the gate has recorded, so that whoever takes the round up after a crash finds the same.
+    """
+    distances = {
+        part.site: (part.update_norm, part.global_norm or 0.0)
+        for part in parts
+        if part.state is PartState.ACCEPTED and part.update_norm is not None and not part.released
+    }
+    return find_outliers(distances, job.spec.gate.outlier_score)
 
 
 def _make_model(services: Services, job: Job, round_: Round, accepted: Sequence[Part]) -> ModelInfo | None:
@@ -157,9 +182,7 @@ def _make_model(services: Services, job: Job, round_: Round, accepted: Sequence[
         parents=tuple(id_ for id_ in (round_.input_model_id, *(update.model_id for update in updates)) if id_),
         job_id=job.job_id,
         num_examples=sum(update.num_examples or 0 for update in updates),
-        metrics=weighted_metrics(
-            [update.metrics for update in updates], [update.num_examples or 0 for update in updates]
-        ),
+        metrics=weighted_metrics([part.metrics for part in accepted], [part.num_examples or 0 for part in accepted]),
         shards=weights.shards,
     )
 
@@ -197,11 +220,21 @@ def _remove_unwilling(connection: Connection, job: Job, round_: Round, parts: Se
         change_job(connection, job.job_id, expected=LIVE, sites=left)
 
 
-def _fail(services: Services, owner: str, job: Job, round_: Round, reason: str) -> None:
+def _fail(
+    services: Services,
+    owner: str,
+    job: Job,
+    round_: Round,
+    reason: str,
+    outliers: Sequence[Part] = (),
+    verdicts: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     with writing(services.engine) as connection:
         lock_job(connection, job.job_id)
         if not close_round(connection, round_.round_id, owner, RoundState.FAILED, reason=reason):
             return
+        for part in outliers:
+            set_aside(connection, part, verdicts[part.site])
         finish(connection, job, JobState.FAILED, reason)
     logger.error(
         "Job %s failed: %s", job.name, reason, extra={"action": "fail_job", "job": job.job_id, "round": round_.round_id}

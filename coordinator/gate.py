@@ -1,23 +1,24 @@
 """The gate: whatever a site sends is believed only after it has passed here.
 
 An answer counts once for each part, only from the part's own site, only while the round is open. An update must have
-the names, shapes and dtypes of the global model, the digests it was announced with, and nothing but finite values. What
-fails is quarantined: kept, with its reason, and counted as the site's answer.
+the names, shapes and dtypes of the global model, the digests it was announced with, nothing but finite values, and a
+distance from the global model and a number of examples that the job allows. What fails is quarantined: kept, with its
+reason, and counted as the site's answer. Updates that stand out from the others are found when the round is settled.
 """
 
 import logging
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import BinaryIO
-
-import numpy as np
-from sqlalchemy import Engine
 
 from common.errors import InvalidInput, InvalidMessage, InvalidTensors, NotFound, Unavailable, UpdateRejected
 from common.messages import ANSWERS, COORDINATOR, Envelope, PartDeclined, UpdateReady
 from coordinator.dispatch import complete_part
+from coordinator.expected import Expected, check_schema, expected_update
 from coordinator.jobs import Job
-from coordinator.model_weights import index_digest
+from coordinator.norms import Distance, Measure
+from coordinator.quarantine import add_entry, find_bytes, keep_bytes
 from coordinator.rounds import (
     Part,
     PartState,
@@ -33,15 +34,22 @@ from coordinator.services import Services
 from store.blobs import Blob
 from store.database import reading, writing
 from store.index import Weights
-from store.models import ModelInfo, ModelState, add_model, get_model, new_model_id
+from store.models import ModelInfo, ModelState, add_model, new_model_id
 from store.tables import utc_now
-from store.tensors import TensorLocation, TensorSpec, numpy_dtype, read_into
-from store.weights import load_index, register_shards
+from store.tensors import TensorLocation
+from store.weights import register_shards
 
 logger = logging.getLogger(__name__)
 
-MAX_EXAMPLES = 10**12  # more is a mistake or a lie
-_CHECK_ELEMENTS = 256 * 1024  # read and checked at a time
+MAX_EXAMPLES = 10**12  # more is a mistake or a lie, whatever a job allows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """An update that is what it must be: verified, and stored by digest."""
+
+    weights: Weights
+    distance: Distance | None  # None for the first model
 
 
 def receive_answer(services: Services, data: object) -> None:
@@ -83,141 +91,148 @@ def _take(services: Services, job: Job, round_: Round, part: Part, message: Upda
 
 def _take_result(services: Services, job: Job, round_: Round, part: Part, message: UpdateReady) -> bool:
     """Check what the site has sent and record the verdict; return whether this answer counts."""
-    state, reason = PartState.ACCEPTED, ""
-    update: ModelInfo | None = None
+    shards = [Blob(digest=shard.digest, size=shard.size) for shard in message.shards]
+    expected = Expected()
+    checked: Checked | None = None
+    reason = ""
     try:
-        _check_examples(message.num_examples)
-        weights = _receive_update(services, round_, part, message)
-        if weights is not None:
-            update = _describe(job, round_, part, message, weights)
+        expected = expected_update(services, round_)
+        _check_names(round_, message)
+        check_examples(message.num_examples, job.spec.gate.max_examples)
+        checked = _receive_update(services, round_, part, shards, expected)
+        if checked is not None:
+            _judge(job, round_, checked)
     except (UpdateRejected, InvalidTensors) as error:
-        state, reason = PartState.QUARANTINED, error.message
+        reason = error.message
     except Unavailable:
         raise  # it is tried again
     except Exception as error:  # other people's bytes: whatever they do here, the site has answered
-        state, reason = PartState.QUARANTINED, f"The update could not be checked: {type(error).__name__}."
+        reason = f"The update could not be checked: {type(error).__name__}."
         logger.exception("The update of site %s could not be checked.", part.site, extra={"action": "check_failed"})
-    if state is PartState.QUARANTINED:
-        logger.warning(
-            "The update of site %s in %s is quarantined: %s",
-            part.site,
-            round_.title,
-            reason,
-            extra={"action": "quarantine", "job": job.job_id, "round": round_.round_id, "site": part.site},
-        )
+    distance = checked.distance if checked is not None else None
+    values = {
+        "reason": reason,
+        "num_examples": min(max(message.num_examples, -1), MAX_EXAMPLES + 1),  # as a number that the records hold
+        "metrics": message.metrics,
+        "shards": [shard.model_dump() for shard in message.shards],
+        "update_norm": distance.update_norm if distance else None,
+        "global_norm": distance.global_norm if distance else None,
+    }
+    if reason:
+        return _quarantine(services, round_, part, find_bytes(services, part, shards, expected), values)
+    update = None
+    if checked is not None:
+        update = describe_update(job, round_, part, checked, message.num_examples, message.metrics)
     with writing(services.engine) as connection:
-        counted = answer_part(
-            connection,
-            part,
-            state,
-            reason=reason,
-            num_examples=min(max(message.num_examples, -1), MAX_EXAMPLES),
-            metrics=message.metrics,
-            shards=[shard.model_dump() for shard in message.shards],
-            model_id=update.model_id if update else None,
-        )
+        model_id = update.model_id if update else None
+        counted = answer_part(connection, part, PartState.ACCEPTED, **values, model_id=model_id)
         if counted and update is not None:
             add_model(connection, update)
     return counted
 
 
-def _receive_update(services: Services, round_: Round, part: Part, message: UpdateReady) -> Weights | None:
-    """Return the update's weights, verified and stored by digest; None where the round asks for none."""
-    if round_.kind is RoundKind.TEST or (round_.kind is RoundKind.START and not message.shards):
-        return None
-    if not message.shards:
+def _quarantine(
+    services: Services, round_: Round, part: Part, found: Sequence[Blob | None], values: Mapping[str, object]
+) -> bool:
+    """Record that the answer is refused, then keep its bytes; the sweeper does so if this process ends in between."""
+    with writing(services.engine) as connection:
+        counted = answer_part(connection, part, PartState.QUARANTINED, **values)
+        if counted:
+            add_entry(connection, part, found)
+    if counted:
+        logger.warning(
+            "The update of site %s in %s is quarantined: %s",
+            part.site,
+            round_.title,
+            values["reason"],
+            extra={"action": "quarantine", "job": part.job_id, "round": part.round_id, "site": part.site},
+        )
+        keep_bytes(services, part, found)
+    return counted
+
+
+def asks_for_update(services: Services, round_: Round, part: Part, shards: Sequence[Blob]) -> bool:
+    """Return whether the answer must hold an update; raise UpdateRejected if it has none, or one too many."""
+    if round_.kind is RoundKind.TEST or (round_.kind is RoundKind.START and not shards):
+        return False
+    if not shards:
         raise UpdateRejected("There is no update: the answer names no shard.")
     if round_.kind is RoundKind.START:
         with reading(services.engine) as connection:
             if part.site != builder(round_, find_parts(connection, round_.round_id)):
                 raise UpdateRejected("The answer names an update, but the site was not asked for the first model.")
-    shards = [Blob(digest=shard.digest, size=shard.size) for shard in message.shards]
-    expected = _expected_schema(services, round_)
-    most = services.settings.initial_shards if expected is None else len(expected)  # each holds a tensor at least
-    if len(shards) > most:
-        raise UpdateRejected(f"The update has {len(shards)} shards; there can be {most}.")
-    if expected is not None:
-        _check_size(shards, expected)
+    return True
+
+
+def _receive_update(
+    services: Services, round_: Round, part: Part, shards: Sequence[Blob], expected: Expected
+) -> Checked | None:
+    if not asks_for_update(services, round_, part, shards):
+        return None
+    expected.check_size(shards)
     for number, shard in enumerate(shards):
         services.blobs.accept(part.slot(number), shard)
-    weights = register_shards(services.blobs, shards, look=check_values)
+    return check_stored(services, shards, expected)
+
+
+def check_stored(services: Services, shards: Sequence[Blob], expected: Expected) -> Checked:
+    """Return the update in the stored shards; raise UpdateRejected or InvalidTensors if it can never be aggregated."""
+    with ExitStack() as stack:
+        reference = expected.reference(services)
+        measure = Measure(stack.enter_context(reference) if reference is not None else None)
+        weights = register_shards(services.blobs, shards, look=measure.look)
     if not weights.schema:
         raise UpdateRejected("The update holds no tensors.")
-    if expected is not None:
-        check_schema(weights.schema, expected)
-    return weights
+    if expected.schema is None:
+        return Checked(weights=weights, distance=None)
+    check_schema(weights.schema, expected.schema)
+    return Checked(weights=weights, distance=measure.distance())
 
 
-def _expected_schema(services: Services, round_: Round) -> Mapping[str, TensorSpec] | None:
-    """Return what the update must look like; None for the first model, which nobody knows yet."""
-    if round_.input_model_id is None:
-        return None
-    schema = load_index(services.blobs, _index_digest(services.engine, round_.input_model_id)).schema
-    return moments_schema(schema) if round_.kind is RoundKind.SWAG else schema
+def _check_names(round_: Round, message: UpdateReady) -> None:
+    """Refuse an answer that says of itself that it is for another job or round than its task is part of."""
+    if message.job_id != round_.job_id or message.round != round_.number:
+        raise UpdateRejected(
+            f"The answer is for round {message.round} of job {message.job_id}, its task for round {round_.number} of "
+            f"job {round_.job_id}."
+        )
 
 
-@lru_cache(maxsize=64)  # a model never changes, and every update of a round is held against the same one
-def _index_digest(engine: Engine, model_id: str) -> str:
-    with reading(engine) as connection:
-        return index_digest(get_model(connection, model_id))
+def check_examples(num_examples: int, most: int = MAX_EXAMPLES) -> None:
+    """Raise UpdateRejected unless the number can be an update's weight."""
+    if not 0 < num_examples <= most:
+        raise UpdateRejected(f"num_examples is {num_examples}; expected 1 to {most}.")
 
 
-def moments_schema(schema: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Return what a SWAG answer holds for a model: both moments of every floating tensor, in float32."""
-    floating = {
-        name: TensorSpec(dtype="F32", shape=spec.shape)
-        for name, spec in schema.items()
-        if numpy_dtype(spec.dtype).kind not in "biuc"
-    }
-    return {f"{moment}/{name}": spec for moment in ("first", "second") for name, spec in floating.items()}
-
-
-def _check_examples(num_examples: int) -> None:
-    if not 0 < num_examples <= MAX_EXAMPLES:
-        raise UpdateRejected(f"num_examples is {num_examples}; expected 1 to {MAX_EXAMPLES}.")
-
-
-def _check_size(shards: list[Blob], expected: Mapping[str, TensorSpec]) -> None:
-    """Refuse by its announced size what is too large to be the update, before a byte of it is read."""
-    values = sum(spec.nbytes for spec in expected.values())
-    headers = len(shards) * 4096 + sum(len(name.encode()) + 256 for name in expected)
-    total = sum(shard.size for shard in shards)
-    if total > values + headers:
-        raise UpdateRejected(f"The update has {total} bytes; the global model has {values}.")
-
-
-def check_schema(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
-    """Raise UpdateRejected, naming the first difference, unless names, shapes and dtypes are as expected."""
-    if missing := sorted(expected.keys() - found.keys()):
-        raise UpdateRejected(f"Tensor {missing[0]!r} is missing ({len(missing)} are).")
-    if extra := sorted(found.keys() - expected.keys()):
-        raise UpdateRejected(f"Tensor {extra[0][:100]!r} is not in the global model ({len(extra)} are not).")
-    for name, spec in expected.items():
-        if found[name].shape != spec.shape:
-            raise UpdateRejected(f"Tensor {name!r} has shape {found[name].shape}; expected {spec.shape}.")
-        if found[name].dtype != spec.dtype:
-            raise UpdateRejected(f"Tensor {name!r} has dtype {found[name].dtype}; expected {spec.dtype}.")
+def _judge(job: Job, round_: Round, checked: Checked) -> None:
+    """Refuse what could be aggregated and probably should not be; a person can overrule it."""
+    distance, most = checked.distance, job.spec.gate.max_norm
+    if distance is None or round_.kind is not RoundKind.TRAIN:
+        return
+    if distance.is_zero and distance.global_norm > 0:
+        raise UpdateRejected("Every value of the update is zero, and the global model's are not.")
+    if most is not None and distance.update_norm > most:
+        raise UpdateRejected(
+            f"The update is {distance.update_norm:.6g} away from the global model; [gate] max_norm is {most:g}."
+        )
 
 
 def check_values(file: BinaryIO, locations: Mapping[str, TensorLocation]) -> None:
     """Raise UpdateRejected, naming the first tensor, unless every floating value in the shard's file is finite."""
-    for name, location in locations.items():
-        dtype = numpy_dtype(location.spec.dtype)
-        if dtype.kind in "biu":
-            continue
-        total = location.spec.num_elements
-        buffer = np.empty(min(total, _CHECK_ELEMENTS), dtype)
-        for start in range(0, total, _CHECK_ELEMENTS):
-            block = buffer[: min(_CHECK_ELEMENTS, total - start)]
-            read_into(file, location.begin + start * dtype.itemsize, block.view(np.uint8).data)
-            if not np.isfinite(block).all():
-                first = start + int(np.flatnonzero(~np.isfinite(block))[0])
-                value = "NaN" if np.isnan(block[first - start]) else "infinite"
-                raise UpdateRejected(f"Tensor {name!r} is not finite: element {first} is {value}.")
+    Measure().look(file, locations)
 
 
-def _describe(job: Job, round_: Round, part: Part, message: UpdateReady, weights: Weights) -> ModelInfo:
+def describe_update(
+    job: Job,
+    round_: Round,
+    part: Part,
+    checked: Checked,
+    num_examples: int,
+    metrics: Mapping[str, float | None],
+) -> ModelInfo:
+    """Return the record of an update; its distance is among its metrics, 0 for one that changes nothing."""
     kind = {RoundKind.START: "initial", RoundKind.SWAG: "moments"}.get(round_.kind, "update")
+    distance = {"update_norm": checked.distance.update_norm} if checked.distance is not None else {}
     return ModelInfo(
         model_id=new_model_id(),
         store=job.model_store,
@@ -225,9 +240,9 @@ def _describe(job: Job, round_: Round, part: Part, message: UpdateReady, weights
         model_description=f"{job.name}: {kind} of {round_.title} from {part.site}",
         model_meta={"trainer": job.spec.trainer, "task_id": part.task_id},
         model_state=ModelState.FEEDBACKED,
-        model_hash=weights.index.digest,
-        index_hash=weights.index.digest,
-        model_size=weights.size,
+        model_hash=checked.weights.index.digest,
+        index_hash=checked.weights.index.digest,
+        model_size=checked.weights.size,
         round=round_.number,
         hop_count=1,
         start_datetime=round_.created_at,
@@ -235,7 +250,7 @@ def _describe(job: Job, round_: Round, part: Part, message: UpdateReady, weights
         parents=(round_.input_model_id,) if round_.input_model_id else (),
         job_id=job.job_id,
         site=part.site,
-        num_examples=message.num_examples,
-        metrics=dict(message.metrics),
-        shards=weights.shards,
+        num_examples=num_examples,
+        metrics={**metrics, **distance},
+        shards=checked.weights.shards,
     )

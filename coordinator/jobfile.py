@@ -48,6 +48,16 @@ class InitialModel(BaseModel):
         return self
 
 
+class GateTable(BaseModel):
+    """The job file's [gate]: what the coordinator believes of an update that is otherwise as it must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_examples: int = Field(10**12, ge=1, le=10**12)  # that an answer may stand for
+    max_norm: float | None = Field(None, gt=0, allow_inf_nan=False)  # of (update - global model), L2
+    outlier_score: float = Field(6.0, ge=0, allow_inf_nan=False)  # 0: do not compare the updates with each other
+
+
 class JobSpec(BaseModel):
     """What a job file says."""
 
@@ -65,6 +75,7 @@ class JobSpec(BaseModel):
     swag: bool = False  # after the last round, collect the weights' moments
     config: dict[str, JsonValue] = {}  # the trainer's
     strategy: StrategyTable = StrategyTable()
+    gate: GateTable = GateTable()
     initial_model: InitialModel = InitialModel()
 
     @field_validator("sites")

@@ -20,6 +20,8 @@ from common.queues import Kind
 from coordinator.jobs import Job, job_of
 from store.tables import jobs, parts, party_info, rounds, utc_now
 
+RELEASED = "released"  # the code of a part whose answer counts because a person has said so
+
 
 class RoundKind(StrEnum):
     """What a round asks of its sites."""
@@ -103,6 +105,9 @@ class Part:
     metrics: dict[str, float | None] = field(default_factory=dict)
     model_id: str | None = None  # the update's model_info
     answered_at: datetime | None = None
+    update_norm: float | None = None  # of (update - global model), L2; None if it was not measured
+    global_norm: float | None = None  # of the global model that it was measured from
+    released: bool = False  # a person has overruled the gate
 
     @property
     def task_id(self) -> str:
@@ -135,6 +140,7 @@ _ASKED = (
 _PARTS = select(parts).where(parts.c.round_id == bindparam("round_id")).order_by(parts.c.position)
 _ROUND = select(rounds).where(rounds.c.round_id == bindparam("round_id"))
 _IS_OPEN = exists().where(rounds.c.round_id == parts.c.round_id, rounds.c.state == RoundState.OPEN.value)
+_MEASURED = ("update_norm", "global_norm")
 _ANSWER = (
     update(parts)
     .where(
@@ -146,7 +152,7 @@ _ANSWER = (
     .values(
         {
             name: bindparam(name)
-            for name in ("state", "reason", "num_examples", "metrics", "shards", "model_id", "answered_at")
+            for name in ("state", "reason", "num_examples", "metrics", "shards", "model_id", "answered_at", *_MEASURED)
         }
     )
 )
@@ -232,10 +238,29 @@ def find_parts(connection: Connection, round_id: str) -> list[Part]:
 def answer_part(connection: Connection, part: Part, state: PartState, **values: Any) -> bool:
     """Record the answer if none is and the round is still open; return whether this one counts."""
     known = {"of_task": part.task_id, "of_attempt": part.attempt}
-    row: dict[str, Any] = {"reason": "", "num_examples": None, "metrics": {}, "shards": [], "model_id": None, **values}
+    empty = dict.fromkeys(("num_examples", "model_id", *_MEASURED))
+    row: dict[str, Any] = {"reason": "", "metrics": {}, "shards": [], **empty, **values}
     row["reason"] = row["reason"].replace("\x00", "")  # a site's words; PostgreSQL holds no NUL
     result = connection.execute(_ANSWER, {**known, **row, "state": state.value, "answered_at": utc_now()})
     return result.rowcount == 1
+
+
+def overrule_part(connection: Connection, part: Part, state: PartState, **values: Any) -> bool:
+    """Change the verdict on a part that has its answer, if it is still the one that the caller knows."""
+    result = connection.execute(
+        update(parts)
+        .where(parts.c.task_id == part.task_id, parts.c.attempt == part.attempt, parts.c.state == part.state.value)
+        .values(state=state.value, **values)
+    )
+    return result.rowcount == 1
+
+
+def lock_round(connection: Connection, round_id: str) -> RoundState:
+    """Return the round's state, which nobody changes until the transaction ends; raise NotFound."""
+    row = connection.execute(_ROUND.with_for_update(), {"round_id": round_id}).mappings().first()
+    if row is None:
+        raise NotFound(f"There is no round {round_id!r}.")
+    return _round(row).state
 
 
 def drop_waiting(connection: Connection, round_id: str, reason: str) -> int:
@@ -334,38 +359,6 @@ def find_waiting(connection: Connection, *, age_seconds: float) -> list[Part]:
     return [_part(row) for row in connection.execute(query).mappings()]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Overdue:
-    """What the sweeper has to take up again."""
-
-    unpublished: tuple[str, ...]  # open rounds whose messages may not have been sent
-    expired: tuple[str, ...]  # open rounds past their deadline with answers missing
-    unclaimed: tuple[str, ...]  # rounds with every answer there, or whose aggregating process has gone
-
-
-def find_overdue(connection: Connection, *, grace_seconds: float) -> Overdue:
-    """Return the rounds in which something should have happened by now, but for so many seconds."""
-    now = utc_now()
-    late = now - timedelta(seconds=grace_seconds)
-    waiting = exists().where(parts.c.round_id == rounds.c.round_id, parts.c.state == PartState.WAITING.value)
-    fresh = exists().where(parts.c.round_id == rounds.c.round_id, parts.c.answered_at >= late)
-    is_open = rounds.c.state == RoundState.OPEN.value
-
-    def ids(*conditions: Any) -> tuple[str, ...]:
-        return tuple(connection.execute(select(rounds.c.round_id).where(*conditions)).scalars())
-
-    return Overdue(
-        unpublished=ids(is_open, rounds.c.published_at.is_(None), rounds.c.created_at < late),
-        expired=ids(is_open, rounds.c.deadline_at < now, waiting),
-        unclaimed=ids(
-            or_(
-                and_(is_open, ~waiting, ~fresh),
-                and_(rounds.c.state == RoundState.AGGREGATING.value, rounds.c.lease_until < now),
-            )
-        ),
-    )
-
-
 def _round(row: RowMapping) -> Round:
     return Round(
         job_id=row[rounds.c.job_id],
@@ -397,4 +390,7 @@ def _part(row: RowMapping) -> Part:
         metrics=row[parts.c.metrics],
         model_id=row[parts.c.model_id],
         answered_at=row[parts.c.answered_at],
+        update_norm=row[parts.c.update_norm],
+        global_norm=row[parts.c.global_norm],
+        released=row[parts.c.code] == RELEASED,
     )

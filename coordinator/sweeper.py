@@ -18,7 +18,9 @@ from common.queues import site_queue
 from coordinator.closing import start_job
 from coordinator.dispatch import call_back, complete_part, publish_again, publish_round, send_notices
 from coordinator.jobs import JobState, find_jobs
-from coordinator.rounds import drop_waiting, find_overdue, find_parts, find_waiting
+from coordinator.overdue import find_overdue
+from coordinator.quarantine import keep_quarantine
+from coordinator.rounds import drop_waiting, find_parts, find_waiting
 from coordinator.services import Services, services_of
 from store.database import reading, writing
 from store.garbage import CLEAN_SECONDS, clean
@@ -150,6 +152,7 @@ class Sweeper(bootsteps.StartStopStep):
                 sweep(services, grace_seconds=2 * period, asked=asked)
                 if time.monotonic() >= next_clean:
                     next_clean = time.monotonic() + CLEAN_SECONDS  # even if it fails: not every second
+                    keep_quarantine(services)
                     clean(services.settings, services.engine, services.blobs)
                 trouble = ""
             except FedChordError as error:

@@ -14,9 +14,18 @@ JOB = {
     "swag": "After the last training round, collect the weights' first and second moments in one more round.",
     "config": "The trainer's own keys. Each trainer refuses what it does not know.",
     "strategy": "How updates become the new global model; see [strategies](strategies.md).",
+    "gate": "What the gate believes of an update that is otherwise as it must be.",
     "initial_model": "Where the first global model comes from. Empty: a site builds it from the seed.",
 }
 STRATEGY = {"name": "The strategy's name; its options are the table's other keys."}
+GATE = {
+    "max_examples": "An answer that says it stands for more examples is quarantined.",
+    "max_norm": "An update is quarantined whose distance from the global model (L2, over all floating tensors) is "
+    "larger. Without it there is no such bound.",
+    "outlier_score": "When a round is settled, updates are quarantined that are this much further from the global "
+    "model than the others: the modified z-score of the distance's decimal logarithm. At 6 that is a factor of 100 or "
+    "more, at 3 one of 10; 0 for no comparison.",
+}
 INITIAL_MODEL = {
     "file": "A .safetensors file; relative to the job file.",
     "model": "The id of a stored model that holds tensors: an earlier job's, or a safetensors file that was put into "

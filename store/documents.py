@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from store.lineage import Lineage
 from store.model_stores import ModelStore
-from store.models import Lineage, ModelInfo
+from store.models import ModelInfo
 from store.parties import PartyInfo
 from store.tensors import Schema
 from store.upstreams import Upstream
@@ -42,9 +43,9 @@ def model_document(info: ModelInfo, *, tensors: Schema | None = None) -> dict[st
     return document
 
 
-def lineage_document(each: Lineage, *, visible: bool) -> dict[str, Any]:
-    """Return what is known of one model of a lineage; of one that is not visible, only its id."""
-    model = each.model if visible else None
+def lineage_document(each: Lineage) -> dict[str, Any]:
+    """Return what is known of one model of a lineage; of one that is not there, only its id."""
+    model = each.model
     return {
         "model_id": each.model_id,
         "model_store_ddc": model and model.store,

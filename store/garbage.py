@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, delete, select, text
 from common.settings import Settings
 from store.blobs import Blob, BlobStore
 from store.database import reading, writing
-from store.tables import model_info, received_blobs
+from store.tables import model_info, quarantine, received_blobs
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +67,14 @@ def remove_blobs(engine: Engine, blobs: BlobStore, digests: Collection[str]) -> 
 
 
 def _needed(connection: Connection) -> set[str]:
-    """Return the digests of all blobs of all models."""
+    """Return the digests of all blobs of all models, and of what is held in quarantine."""
     needed: set[str] = set()
     rows = connection.execute(select(model_info.c.model_hash, model_info.c.index_hash, model_info.c.shards))
     for model_hash, index_hash, shards in rows:
         needed.update((model_hash, index_hash), (shard["digest"] for shard in shards))
+    held = select(quarantine.c.found).where(quarantine.c.state == "held")  # nobody has decided about it
+    for (found,) in connection.execute(held):
+        needed.update(blob["digest"] for blob in found if blob is not None)
     return needed
 
 

@@ -1,15 +1,32 @@
 """Record models: what each one is, where it comes from, and which blobs hold it."""
 
+import operator
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from enum import IntEnum
+from functools import reduce
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, exc, func, insert, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Text,
+    bindparam,
+    cast,
+    delete,
+    exc,
+    func,
+    insert,
+    literal,
+    select,
+    text,
+    update,
+)
 
-from common.errors import Conflict, NotFound
+from common.errors import Conflict, NotFound, TooLarge
 from store.blobs import Blob
 from store.tables import jobs, model_info, utc_now
 
@@ -59,24 +76,6 @@ class ModelInfo:
     sequence: int = 0  # the order in which models were added; the database gives it
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lineage:
-    """A model and those it was made from."""
-
-    model_id: str
-    model: ModelInfo | None  # None if it was deleted
-    parents: tuple["Lineage", ...] = ()
-    followed: bool = True  # False if its parents are shown elsewhere, or are more than was asked for
-
-    def walk(self) -> Iterator[tuple[int, "Lineage"]]:
-        """Yield this one and all it comes from, each with its depth and before its parents."""
-        waiting = [(0, self)]
-        while waiting:
-            depth, lineage = waiting.pop()
-            yield depth, lineage
-            waiting.extend((depth + 1, parent) for parent in reversed(lineage.parents))
-
-
 # Statements that are asked for often are built once: to build one costs as much as to run it.
 _COLUMNS = tuple(column.name for column in fields(ModelInfo))
 _SELECT = select(*(model_info.c[name] for name in _COLUMNS))
@@ -94,6 +93,11 @@ _NEWEST_FEEDBACKED = (
     select(func.max(model_info.c.sequence))
     .where(*_FEEDBACKED, model_info.c.round == bindparam("round"))
     .group_by(model_info.c.tenant_id, model_info.c.site, model_info.c.origin_node)
+)
+_LONG_COLUMNS = ("model_description", "model_meta", "parents", "metrics", "shards")
+_SHORT_BYTES = 1200  # of the other columns together, with the names of all
+_RECORD_BYTES = reduce(
+    operator.add, (func.length(cast(model_info.c[name], Text)) for name in _LONG_COLUMNS), literal(_SHORT_BYTES)
 )
 _INSERT = insert(model_info).returning(model_info.c.sequence)
 
@@ -131,11 +135,26 @@ def find_model(connection: Connection, beginning: str) -> ModelInfo:
 
 def get_models(connection: Connection, model_ids: Sequence[str]) -> tuple[ModelInfo, ...]:
     """Return the models in the order asked for; raise NotFound if there is none with one of the ids."""
-    found = _by_id(connection, model_ids)
+    found = find_by_id(connection, model_ids)
     for model_id in model_ids:
         if model_id not in found:
             raise _no_model(model_id)
     return tuple(found[model_id] for model_id in model_ids)
+
+
+def find_by_id(connection: Connection, model_ids: Sequence[str]) -> dict[str, ModelInfo]:
+    """Return those of the models that there are, by their ids."""
+    found: dict[str, ModelInfo] = {}
+    for some in parts_of(model_ids):
+        rows = connection.execute(_SELECT.where(model_info.c.model_id.in_(some)))
+        found.update((model.model_id, model) for model in map(_model, rows))
+    return found
+
+
+def parts_of(values: Sequence[str], count: int = 1000) -> Iterator[Sequence[str]]:
+    """Yield so many of the values after another: a statement holds some ten thousand at most."""
+    for start in range(0, len(values), count):
+        yield values[start : start + count]
 
 
 def find_models(
@@ -151,13 +170,25 @@ def find_models(
     order: Sequence[ColumnElement[Any]] = (),
     limit: int | None = None,
     offset: int = 0,
+    max_bytes: int | None = None,  # of the records together, which are all in memory
 ) -> tuple[ModelInfo, ...]:
-    """Return the models for which all that is given holds, in the order if there is one (see `store.conditions`)."""
+    """Return the models for which all that is given holds, in the order if there is one (see `store.conditions`).
+
+    Raise TooLarge if their records have more than max_bytes.
+    """
     matching = _matching(store=store, job_id=job_id, state=state, kind=kind, round=round)
     if conditions is not None:
         matching.append(conditions)
     ordered = order or (model_info.c.sequence.desc() if newest_first else model_info.c.sequence,)
     query = _SELECT.where(*matching).order_by(*ordered).limit(limit).offset(offset)
+    if max_bytes is not None:
+        sizes = query.with_only_columns(_RECORD_BYTES.label("num_bytes")).subquery()
+        num_bytes = connection.scalar(select(func.sum(sizes.c.num_bytes))) or 0
+        if num_bytes > max_bytes:
+            raise TooLarge(
+                f"The records of these models have {num_bytes} bytes, and {max_bytes} is the limit; ask for fewer at a "
+                "time, with limit and offset."
+            )
     return tuple(_model(row) for row in connection.execute(query).all())
 
 
@@ -190,6 +221,30 @@ def find_copy(connection: Connection, store: str, origin_node: str, origin_model
     )
     found = row.first()
     return None if found is None else _model(found)
+
+
+def find_copies(
+    connection: Connection, store: str, origin_node: str, origin_model_ids: Sequence[str]
+) -> dict[str, str]:
+    """Return the ids of the model store's copies of another node's models, by their ids there."""
+    query = select(model_info.c.origin_model_id, model_info.c.model_id).where(
+        model_info.c.store == store, model_info.c.origin_node == origin_node
+    )
+    found: dict[str, str] = {}
+    for some in parts_of(origin_model_ids):
+        rows = connection.execute(query.where(model_info.c.origin_model_id.in_(some)))
+        found.update((there, here) for there, here in rows)
+    return found
+
+
+def ids_in_store(connection: Connection, store: str, model_ids: Sequence[str]) -> set[str]:
+    """Return those of the ids that are models' of the model store."""
+    query = select(model_info.c.model_id).where(model_info.c.store == store)
+    return {
+        found
+        for some in parts_of(model_ids)
+        for found in connection.scalars(query.where(model_info.c.model_id.in_(some)))
+    }
 
 
 def find_by_hash(connection: Connection, stores: Sequence[str], model_hash: str) -> ModelInfo | None:
@@ -245,55 +300,13 @@ def delete_models(connection: Connection, store: str) -> int:
     return connection.execute(delete(model_info).where(model_info.c.store == store)).rowcount
 
 
-def lineage(connection: Connection, model_id: str, *, max_models: int = 10_000) -> Lineage:
-    """Return the model with all it comes from, a parent that several share being followed only once.
-
-    Of a lineage of more than max_models, the nearest are returned. Raise NotFound if there is no such model.
-    """
-    models: dict[str, ModelInfo | None] = {model_id: get_model(connection, model_id)}
-    level = [model_id]
-    while level:  # one query for each generation
-        wanted = dict.fromkeys(parent for child in level for parent in _parents(models[child]) if parent not in models)
-        level = list(wanted)[: max_models - len(models)]
-        found = _by_id(connection, level)
-        models.update((parent, found.get(parent)) for parent in level)
-    return _nested(models)
-
-
-def _nested(models: dict[str, ModelInfo | None]) -> Lineage:
-    """Nest models that are in the order of their generations, from the oldest to the first, without recursion."""
-    place: dict[str, str] = {}  # the child under which a model is followed
-    for child, model in models.items():
-        for parent in _parents(model):
-            place.setdefault(parent, child)
-    root = next(iter(models))
-    done: dict[str, Lineage] = {}
-    for child, model in reversed(models.items()):
-        parents = tuple(
-            done[parent]
-            if parent in done and place[parent] == child
-            else Lineage(model_id=parent, model=models.get(parent), followed=False)
-            for parent in _parents(model)
-        )
-        done[child] = Lineage(model_id=child, model=model, parents=parents)
-    return done[root]
-
-
-def _parents(model: ModelInfo | None) -> tuple[str, ...]:
-    return () if model is None else tuple(dict.fromkeys(model.parents))
-
-
-def _by_id(connection: Connection, model_ids: Sequence[str]) -> dict[str, ModelInfo]:
-    found: dict[str, ModelInfo] = {}
-    for start in range(0, len(model_ids), 1000):  # a statement holds some ten thousand values at most
-        some = model_ids[start : start + 1000]
-        rows = connection.execute(_SELECT.where(model_info.c.model_id.in_(some)))
-        found.update((model.model_id, model) for model in map(_model, rows))
-    return found
-
-
 def _matching(
-    *, store: str | None, job_id: str | None, state: ModelState | None, kind: str | None, round: int | None
+    *,
+    store: str | None = None,
+    job_id: str | None = None,
+    state: ModelState | None = None,
+    kind: str | None = None,
+    round: int | None = None,
 ) -> list[ColumnElement[bool]]:
     wanted = {"store": store, "job_id": job_id, "model_state": state, "model_kind": kind, "round": round}
     return [model_info.c[name] == value for name, value in wanted.items() if value is not None]

@@ -11,7 +11,7 @@ from common.settings import Settings
 from store.blobs import Blob, BlobStore, disk_errors, new_hasher, write_all
 from store.database import reading, writing
 from store.index import Weights
-from store.model_stores import get_store, lock_store
+from store.model_stores import ModelStore, get_store, lock_store
 from store.models import ModelInfo, add_model, find_copy
 from store.new_models import NewModel, check_new_model, check_state, parse_meta, plain_json
 from store.opening import OpenStore
@@ -35,7 +35,7 @@ def put_file(store: OpenStore, name: str, path: Path, blob: Blob, new: NewModel)
     check_new_model(store.settings, new)
     check_size_limit(store.settings, blob.size)
     with reading(store.engine) as connection:
-        get_store(connection, name)
+        place = get_store(connection, name)
     try:
         with disk_errors(path.parent), path.open("rb", buffering=0) as file:
             locations = read_header(file, blob.size, max_header_bytes=_MAX_HEADER_BYTES)
@@ -46,7 +46,7 @@ def put_file(store: OpenStore, name: str, path: Path, blob: Blob, new: NewModel)
         store.blobs.put(path, blob=blob)
         schema = {tensor: location.spec for tensor, location in locations.items()}
         index_hash = keep_index(store.blobs, schema, dict.fromkeys(schema, 0), [blob]).index.digest
-    return _record(store, name, new, model_hash=blob.digest, index_hash=index_hash, shards=(blob,))
+    return _record(store, place, new, model_hash=blob.digest, index_hash=index_hash, shards=(blob,))
 
 
 def put_shards(
@@ -62,6 +62,8 @@ def put_shards(
     if not 1 <= len(shards) <= _MAX_SHARDS:
         raise InvalidInput(f"A model has 1 to {_MAX_SHARDS} shards, not {len(shards)}; send those that it has.")
     check_size_limit(store.settings, sum(shard.size for shard in shards))
+    with reading(store.engine) as connection:
+        place = get_store(connection, name)
     for shard in shards:
         _check_stored(store.blobs, shard)
     is_file = len(shards) == 1 and shards[0].digest == model_hash
@@ -72,7 +74,7 @@ def put_shards(
     index_hash = None if weights is None else weights.index.digest
     if index is not None and index.digest != index_hash:
         raise InvalidInput(f"{index.digest} is not the index of these shards; send the model again.")
-    return _record(store, name, new, model_hash=model_hash, index_hash=index_hash, shards=tuple(shards))
+    return _record(store, place, new, model_hash=model_hash, index_hash=index_hash, shards=tuple(shards))
 
 
 @contextmanager
@@ -139,10 +141,16 @@ def _tensors_of_shards(blobs: BlobStore, shards: Sequence[Blob], model_hash: str
 
 
 def _record(
-    store: OpenStore, name: str, new: NewModel, *, model_hash: str, index_hash: str | None, shards: tuple[Blob, ...]
+    store: OpenStore,
+    place: ModelStore,
+    new: NewModel,
+    *,
+    model_hash: str,
+    index_hash: str | None,
+    shards: tuple[Blob, ...],
 ) -> ModelInfo:
     info = ModelInfo(
-        store=name,
+        store=place.name,
         tenant_id=new.tenant_id,
         model_kind=new.model_kind,
         model_description=new.model_description,
@@ -165,11 +173,12 @@ def _record(
     )
     with writing(store.engine) as connection:
         # Alone, so that of two that record the same copy the second one sees it.
-        if lock_store(connection, name, alone=new.origin_node is not None) is None:
-            raise NotFound(f"Model store {name} was deleted meanwhile; make it again before you put the model.")
+        locked = lock_store(connection, place.name, alone=new.origin_node is not None)
+        if locked is None or locked.id != place.id:  # one of the same name may be another tenant's
+            raise NotFound(f"Model store {place.name} was deleted meanwhile; make it again before you put the model.")
         _check_kept(store.blobs, shards, index_hash)
         if new.origin_node is not None and new.origin_model_id is not None:
-            known = find_copy(connection, name, new.origin_node, new.origin_model_id)
+            known = find_copy(connection, place.name, new.origin_node, new.origin_model_id)
             if known is not None:
                 return known
         added = add_model(connection, info)
@@ -177,7 +186,7 @@ def _record(
         "Model %s of %s bytes was put into %s.",
         added.model_id,
         added.model_size,
-        name,
-        extra={"action": "put_model", "model": added.model_id, "model_store": name},
+        place.name,
+        extra={"action": "put_model", "model": added.model_id, "model_store": place.name},
     )
     return added

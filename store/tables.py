@@ -12,6 +12,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Dialect,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -230,8 +231,25 @@ parts = Table(
     Column("shards", Json, nullable=False, default=list),  # list of {digest, size}
     Column("model_id", String, nullable=True),  # the update's model_info
     Column("answered_at", UtcDateTime, nullable=True),
+    Column("update_norm", Float, nullable=True),  # L2, of update - global model
+    Column("global_norm", Float, nullable=True),  # L2, of the global model
     UniqueConstraint("round_id", "site"),
     UniqueConstraint("round_id", "position"),
+)
+
+quarantine = Table(
+    "quarantine",
+    metadata,
+    Column("task_id", String, ForeignKey("parts.task_id"), primary_key=True),
+    Column("attempt", Integer, nullable=False),  # of the part, when its answer was refused
+    Column("state", String, nullable=False),  # held, released, kept, refused or expired
+    Column("found", Json, nullable=False),  # for each announced shard {digest, size} of the bytes there, or null
+    Column("is_stored", Boolean, nullable=False),  # whether these bytes are blobs, rather than still at their slots
+    Column("model_id", String, nullable=True),  # of the model that it became when it was released
+    Column("decided_by", String, nullable=False, default=""),
+    Column("decided_at", UtcDateTime, nullable=True),
+    Column("created_at", UtcDateTime, nullable=False, default=utc_now),
+    Index("ix_quarantine_state_created_at", "state", "created_at"),
 )
 
 outbox = Table(

@@ -25,6 +25,7 @@ __all__ = [
     "check_upstream_url",
     "choose_upstream",
     "get_upstream",
+    "no_upstream",
     "remove_upstream",
     "update_upstream",
     "upstreams",
@@ -123,8 +124,13 @@ def get_upstream(connection: Connection, id: str) -> Upstream:
     if id.isprintable():  # PostgreSQL does not even look up NUL, nor half of a character
         row = connection.execute(select(*_FIELDS).where(upstreams_table.c.id == id)).mappings().first()
     if row is None:
-        raise NotFound(f"There is no upstream {id[:80]!a}; `fedchord store upstreams` lists those that there are.")
+        raise no_upstream(id)
     return _upstream(row)
+
+
+def no_upstream(id: str) -> NotFound:
+    """Return the error that says that there is none."""
+    return NotFound(f"There is no upstream {id[:80]!a}; `fedchord store upstreams` lists those that there are.")
 
 
 def upstreams(connection: Connection, store: str | None = None) -> tuple[Upstream, ...]:

@@ -63,8 +63,12 @@ class Workplace:
 
     def run(self, *arguments: str, code: int = 0, seconds: float = 100, largest_file: int | None = None) -> Ended:
         """Run the command to its end; fail unless it ends with the code in so many seconds."""
-        process = self.start(*arguments, largest_file=largest_file)
-        out, err = process.communicate(timeout=seconds)
+        with self.start(*arguments, largest_file=largest_file) as process:
+            try:
+                out, err = process.communicate(timeout=seconds)
+            except BaseException:
+                process.kill()
+                raise
         ended = Ended(code=process.returncode, out=out, err=err)
         assert ended.code == code, ended
         return ended

@@ -132,11 +132,13 @@ class Site:
             answer = self._do(part, redelivered)
             logger.info("Did the part in %.3f s.", answer.seconds, extra={"action": "answer_part", **extra})
         except Declined as error:
-            logger.info("Declined: %s", error.message, extra={"action": "decline_part", **extra})
-            answer = _decline(part, error.message, failed=False)
+            reason = _sendable(error.message)
+            logger.info("Declined: %s", reason, extra={"action": "decline_part", **extra})
+            answer = _decline(part, reason, failed=False)
         except FedChordError as error:
-            logger.warning("The part failed: %s", error.message, extra={"action": "fail_part", **extra})
-            answer = _decline(part, error.message, failed=True)
+            reason = _sendable(error.message)
+            logger.warning("The part failed: %s", reason, extra={"action": "fail_part", **extra})
+            answer = _decline(part, reason, failed=True)
         except (Exception, SystemExit) as error:  # a trainer is other people's code, and the round must hear of it
             logger.exception("The part failed.", extra={"action": "fail_part", **extra})
             answer = _decline(part, _locate(error), failed=True)
@@ -245,8 +247,13 @@ def _decline(part: Part, reason: str, *, failed: bool) -> PartDeclined:
         task_id=part.task_id,
         attempt=part.attempt,
         failed=failed,
-        reason=reason.encode("utf-8", "replace").decode()[:_REASON_CHARACTERS],  # half a surrogate cannot be sent
+        reason=reason[:_REASON_CHARACTERS],
     )
+
+
+def _sendable(text: str) -> str:
+    """Return the text without halves of characters, which a trainer's words may have and nothing can send."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _locate(error: BaseException) -> str:

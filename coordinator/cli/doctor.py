@@ -30,7 +30,7 @@ Example:
 @json_option
 @click.pass_obj
 def doctor(config: Path | None, as_json: bool) -> None:
-    """Check everything that the coordinator needs, and say what to mend.
+    """Check all that the coordinator needs, and say what to mend.
 
     Looks at the broker, the object store, the database, the signing key, versions, clocks, disks, every enrolled site,
     and the embedded stack if there is one. Nothing is changed, but for one small blob that is written and deleted. The
@@ -43,6 +43,11 @@ def doctor(config: Path | None, as_json: bool) -> None:
         print_json({"well": is_well(findings), "findings": findings})
     else:
         _print(findings)
+        if file is None and not settings.model_fields_set:
+            click.echo(
+                "There is no stack in this folder, no settings file was named with --config and no variable FEDCHORD_… "
+                "is set: what was looked at are the defaults."
+            )
     if not is_well(findings):
         raise click.exceptions.Exit(Unavailable.exit_code)
 

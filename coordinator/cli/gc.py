@@ -4,11 +4,9 @@ from pathlib import Path
 
 import click
 
-from coordinator.cli.output import json_option, print_json
+from coordinator.cli.output import json_option, print_json, size_text
 from coordinator.cli.reach import open_local
 from store.garbage import find_unused, remove_unused
-
-_MEGABYTE = 10**6
 
 
 @click.command(
@@ -39,4 +37,4 @@ def gc(config: Path | None, dry_run: bool, older_than_hours: float | None, as_js
     if as_json:
         print_json({"dry_run": dry_run, "blobs": found, "bytes": size})
     else:
-        click.echo(f"{'Would remove' if dry_run else 'Removed'} {len(found)} blobs, {size / _MEGABYTE:.3g} MB.")
+        click.echo(f"{'Would remove' if dry_run else 'Removed'} {len(found)} blobs, {size_text(size)}.")

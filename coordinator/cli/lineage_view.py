@@ -19,6 +19,9 @@ def draw_lineage(rows: Sequence[Row]) -> Tree:
     """Return the tree of a lineage whose first row is the model in question."""
     tree = Tree(_label(rows[0], set()), guide_style="dim")
     for title, group in _grouped(rows, _origin).items():
+        if [row["model_id"] for row in group] == [rows[0]["model_id"]] and rows[0]["job_id"] is None:
+            tree.add(Text(title, style="bold"))  # the model itself stands above
+            continue
         branch = tree.add(Text(title, style="bold"))
         if group[0]["job_id"] is None:
             for row in group:

@@ -9,14 +9,13 @@ from common.errors import InvalidInput
 from coordinator.cli.groups import ListingGroup
 from coordinator.cli.lineage_view import draw_lineage
 from coordinator.cli.model_search import STATES, find_model, find_models, newest_of_job
-from coordinator.cli.output import console, json_option, metrics_text, print_json, table
+from coordinator.cli.output import console, json_option, metrics_text, print_json, size_text, table
 from coordinator.cli.reach import client_settings, reach, url_option
 from coordinator.cli.transfers import fetch_file, fetch_shards, reading_file
 from store.models import ModelState
 from store.putting import parse_meta
 
-_MEGABYTE = 10**6
-_COLUMNS = ("MODEL", "STORE", "KIND", "ROUND", "SITE", "STATE", "MB", "EXAMPLES", "METRICS", "CREATED")
+_COLUMNS = ("MODEL", "STORE", "KIND", "ROUND", "SITE", "STATE", "SIZE", "EXAMPLES", "METRICS", "CREATED")
 
 _store_option = click.option("--store", "ddc", metavar="DDC", help="Look in this model store only.")
 
@@ -152,7 +151,7 @@ def put(
     if as_json:
         print_json(model)
     else:
-        click.echo(f"Put {file} into {ddc} as model {model['model_id']} ({_megabytes(model)}).")
+        click.echo(f"Put {file} into {ddc} as model {model['model_id']} ({size_text(model['model_size'])}).")
 
 
 @models.command(
@@ -204,7 +203,9 @@ def get(
     if as_json:
         print_json({"model": model, "files": files})
     else:
-        click.echo(f"Wrote {model['model_description'] or model['model_id']} to {target} ({_megabytes(model)}).")
+        click.echo(
+            f"Wrote {model['model_description'] or model['model_id']} to {target} ({size_text(model['model_size'])})."
+        )
 
 
 @models.command(
@@ -267,13 +268,11 @@ def _check_target(target: Path, *, shards: bool, force: bool) -> None:
 def _field(name: str, value: Any) -> object:
     if name == "model_state":
         return f"{ModelState(value).name.lower()} ({value})"
+    if name == "model_size":
+        return f"{value} bytes"
     if isinstance(value, list):
         return " ".join(map(str, value))
     return metrics_text(value) if isinstance(value, dict) else value
-
-
-def _megabytes(model: dict[str, Any]) -> str:
-    return f"{model['model_size'] / _MEGABYTE:.2f} MB"
 
 
 def _row(model: dict[str, Any]) -> tuple[object, ...]:
@@ -284,7 +283,7 @@ def _row(model: dict[str, Any]) -> tuple[object, ...]:
         model["round"],
         model["site"],
         ModelState(model["model_state"]).name.lower(),
-        f"{model['model_size'] / _MEGABYTE:.3g}",
+        size_text(model["model_size"]),
         model["num_examples"],
         metrics_text(model["metrics"]),
         model["created_at"],

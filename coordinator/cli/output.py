@@ -7,26 +7,45 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from common.errors import NotFound
 from common.settings import Settings
-from coordinator.services import Services, open_services
-from coordinator.stack.folder import StackFolder
-from coordinator.stack.lifecycle import DEFAULT_FOLDER
+from coordinator.stack.folder import DEFAULT_FOLDER, StackFolder
+
+if TYPE_CHECKING:
+    from coordinator.services import Services
 
 _WIDTH = 160  # columns of a table that is not shown on a terminal
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON value and nothing else.")
 
 
-def open_coordinator(config: Path | None, *, needs_broker: bool = True) -> Services:
+def open_coordinator(config: Path | None, *, needs_broker: bool = True) -> "Services":
     """Open the coordinator's services; without a settings file, those of the stack in this folder if there is one."""
-    return open_services(Settings.load(config or default_settings_file()), needs_broker=needs_broker)
+    from coordinator.services import open_services  # Celery and Redis, which many commands do without, cost 0.4 s
+
+    return open_services(coordinator_settings(config), needs_broker=needs_broker)
+
+
+def coordinator_settings(config: Path | None) -> Settings:
+    """Return the settings of the named file, or of the stack in this folder, or of the variables.
+
+    Raise NotFound where none of them says anything: the defaults alone would make a new database here.
+    """
+    file = config or default_settings_file()
+    settings = Settings.load(file)
+    if file is None and not settings.model_fields_set:
+        raise NotFound(
+            "There is no stack in this folder; go to the folder that has one, name the settings file with --config, or "
+            "make a stack with `fedchord up`."
+        )
+    return settings
 
 
 def default_settings_file() -> Path | None:
@@ -81,6 +100,14 @@ def text(value: object) -> str:
     if isinstance(value, datetime):
         return ago(value)
     return str(value)
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes in the largest unit that fits, in steps of a thousand."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 1000)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}" if size < 100 * factor else f"{size / factor:.0f} {unit}"
+    return f"{size} B"
 
 
 def ago(moment: datetime) -> str:

@@ -7,7 +7,7 @@ import click
 
 from common.logs import set_up_logs
 from common.settings import Settings
-from coordinator.cli.output import default_settings_file, json_option, print_json
+from coordinator.cli.output import coordinator_settings, json_option, print_json
 from coordinator.http import make_http_app
 from coordinator.services import open_services
 from store.opening import open_store
@@ -52,6 +52,6 @@ def serve(config: Path | None, host: str | None, port: int | None, as_json: bool
 
 
 def _settings(config: Path | None, host: str | None, port: int | None) -> Settings:
-    settings = Settings.load(config or default_settings_file())
+    settings = coordinator_settings(config)
     wanted = {"http_host": host, "http_port": port}
     return settings.model_copy(update={name: value for name, value in wanted.items() if value is not None})

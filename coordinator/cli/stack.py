@@ -8,8 +8,8 @@ from common.errors import InvalidInput, Unavailable
 from common.settings import Settings
 from coordinator.cli.output import console, json_option, print_json, table
 from coordinator.stack import lifecycle
-from coordinator.stack.folder import StackFolder
-from coordinator.stack.lifecycle import DEFAULT_FOLDER, StackStatus
+from coordinator.stack.folder import DEFAULT_FOLDER, StackFolder
+from coordinator.stack.lifecycle import StackStatus
 from coordinator.stack.wishes import Wishes
 
 folder_option = click.option(

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from common.errors import FedChordError, NotFound
-from coordinator.cli.output import json_option, open_coordinator, print_json
+from coordinator.cli.output import json_option, open_coordinator, print_json, size_text
 from coordinator.verifying import Result, Verdict
 from coordinator.verifying import verify as verify_models
 
@@ -65,4 +65,4 @@ def _print(verdict: Verdict) -> None:
     for trouble in verdict.troubles:
         click.echo(f"    {trouble}")
     if verdict.blobs:
-        click.echo(f"    {verdict.blobs} blobs hashed, {verdict.bytes / 1e6:.1f} MB.")
+        click.echo(f"    {verdict.blobs} blobs hashed, {size_text(verdict.bytes)}.")

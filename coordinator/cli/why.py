@@ -9,7 +9,7 @@ import click
 from common.broker import make_coordinator_app
 from common.settings import Settings
 from coordinator.checks.limit import within
-from coordinator.cli.output import ago, default_settings_file, json_option, print_json
+from coordinator.cli.output import ago, coordinator_settings, json_option, print_json
 from coordinator.owing import clock
 from coordinator.situation import Situation, gather
 from coordinator.why import Explanation, explain
@@ -33,7 +33,7 @@ def why(config: Path | None, job_id: str, as_json: bool) -> None:
     Also says what you can do about it. Only the database has to be there: a broker, a coordinator worker or an object
     store that does not answer is part of what is told. JOB_ID may be shortened to what is unique.
     """
-    settings = Settings.load(config or default_settings_file())
+    settings = coordinator_settings(config)
     situation = _gather(settings, job_id)
     explanation = explain(situation)
     if as_json:

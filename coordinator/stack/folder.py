@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import Conflict, InvalidInput, InvalidSettings, NotFound
 
+DEFAULT_FOLDER = Path("fedchord-stack")
+
 _FORBIDDEN = frozenset("\"'\\;#?%\n\r")  # they mean something in supervisord's, Valkey's or SQLAlchemy's syntax
 
 

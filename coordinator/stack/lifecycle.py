@@ -25,8 +25,6 @@ from store.blobs import check_disk, disk_errors
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_FOLDER = Path("fedchord-stack")
-
 _READY_SECONDS = 90.0
 _STOP_SECONDS = 60.0
 _GRACE_SECONDS = 5.0  # for processes whose supervisor is gone

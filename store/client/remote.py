@@ -23,6 +23,7 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 from common.errors import InvalidInput, InvalidSettings, Unavailable
 from store.blobs import BLOCK_BYTES
+from store.client.connections import prompt_pool
 from store.client.multipart import MultipartBody, SourceFailedError
 from store.client.replies import read_reply
 from store.upstreams import check_upstream_url
@@ -68,7 +69,7 @@ class Remote:
         self._pause_seconds = pause_seconds
         self._max_reply_bytes = max_reply_bytes
         self._ids = count(1)
-        self._pool = urllib3.PoolManager(
+        self._pool = prompt_pool(
             maxsize=16, retries=False, blocksize=BLOCK_BYTES, socket_options=_socket_options(timeout_seconds)
         )
 

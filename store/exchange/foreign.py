@@ -7,7 +7,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from store.blobs import Blob
 from store.models import ModelState
-from store.new_models import MAX_DESCRIPTION_CHARACTERS, MAX_HOPS, MAX_NAME_CHARACTERS, NewModel
+from store.new_models import MAX_DESCRIPTION_CHARACTERS, MAX_HOPS, MAX_NAME_CHARACTERS, MAX_PARENTS, NewModel
 
 MAX_SHARDS = 10_000
 MAX_PATH = 16  # model stores on a way up
@@ -58,7 +58,7 @@ class ForeignModel(Foreign):
     start_datetime: AwareDatetime | None = None
     end_datetime: AwareDatetime | None = None
     location: list[float] | str | None = None
-    parents: list[Id] = []
+    parents: list[Id] = Field([], max_length=MAX_PARENTS)
     num_examples: int | None = None
     metrics: dict[str, Any] = {}
     shards: list[ForeignBlob] = Field(min_length=1, max_length=MAX_SHARDS)

@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Connection
-
 from common.errors import InvalidInput, NotFound, TooLarge, UpstreamUnavailable
 from store.blobs import Blob
 from store.conditions import parse_condition
 from store.database import reading, writing
 from store.documents import model_document
+from store.exchange.descent import parents_here
 from store.exchange.foreign import ForeignModel
 from store.exchange.neighbour import Neighbour
 from store.exchange.possession import missing_blobs, record_received
 from store.model_stores import check_access, visible_stores
-from store.models import ModelInfo, ModelState, find_copy, find_models, get_model
+from store.models import ModelInfo, ModelState, find_copy, find_models, get_model, ids_in_store
 from store.new_models import check_new_model
 from store.opening import OpenStore
 from store.putting import check_size_limit, put_shards, spooled
@@ -45,7 +44,7 @@ def feedback(
     """
     chosen = _chosen(store, caller, model_store_ddc, upstream)
     with reading(store.engine) as connection:
-        if not _is_in(connection, model_store_ddc, model_id):
+        if not ids_in_store(connection, model_store_ddc, [model_id]):
             raise NotFound(
                 f"There is no model {model_id[:80]!r} in {model_store_ddc}; get_models lists those there are."
             )
@@ -191,18 +190,5 @@ def _parents_here(
         return ()
     origins = {each["model_id"]: each["origin"] for each in above.models(model.parents) if each.get("origin")}
     sent = {parent: own["model_id"] for parent, own in origins.items() if own["node_id"] == store.node_id}
-    here = []
     with reading(store.engine) as connection:
-        for parent in model.parents:
-            copy = find_copy(connection, model_store_ddc, node_id, parent)
-            found = copy.model_id if copy is not None else sent.get(parent)
-            if found is not None and _is_in(connection, model_store_ddc, found):
-                here.append(found)
-    return here
-
-
-def _is_in(connection: Connection, model_store_ddc: str, model_id: str) -> bool:
-    try:
-        return get_model(connection, model_id).store == model_store_ddc
-    except NotFound:
-        return False
+        return parents_here(connection, model_store_ddc, node_id, model.parents, sent)

@@ -4,6 +4,8 @@ What goes wrong there is told as such: UpstreamUnavailable when it does not answ
 refuses is the error that it names, with the words that it is the upstream's.
 """
 
+import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -18,12 +20,14 @@ from store.exchange.foreign import MAX_PATH, ForeignAnswer, ForeignModel, Foreig
 from store.models import ModelState
 from store.opening import OpenStore
 from store.upstreams import Upstream
+from store.wire import to_wire
 
 Answer = TypeVar("Answer")
 Document = dict[str, Any]
 
 _MAX_REPLY_BYTES = 8 << 20
 _MAX_TERMS = 200  # in a condition
+_SLOWEST_BYTES_PER_SECOND = 10_000  # at which a blob has to come, or it would never end
 _BROUGHT_DOWN = [int(ModelState.AGGREGATED), int(ModelState.TRANSFERRED)]
 
 _MODEL = TypeAdapter(ForeignModel)
@@ -129,11 +133,15 @@ class Neighbour:
         with received:
             if received.size != blob.size:
                 raise self._rubbish("load_model", f"blob {blob.digest} has {received.size} bytes, not {blob.size}")
+            seconds = self._store.settings.upstream_timeout_seconds + blob.size / _SLOWEST_BYTES_PER_SECOND
+            ends_at = time.monotonic() + seconds
             while True:
                 with self._errors():
                     block = next(received, b"")
                 if not block:
                     return
+                if time.monotonic() > ends_at:
+                    raise UpstreamUnavailable(f"{self} did not send a blob within {seconds:.0f} s; try again later.")
                 yield block
 
     def parties(self) -> list[Document]:
@@ -171,9 +179,11 @@ class Neighbour:
         answer = call()
         try:
             adapter.validate_python(answer)
-        except (ValidationError, RecursionError) as error:
-            what = brief(error) if isinstance(error, ValidationError) else "it is nested too deep"
-            raise self._rubbish("the call", what) from error
+            json.dumps(to_wire(answer), ensure_ascii=False, allow_nan=False).encode()  # some of it is told on
+        except ValidationError as error:
+            raise self._rubbish("the call", brief(error)) from error
+        except (ValueError, RecursionError) as error:
+            raise self._rubbish("the call", "it is not what JSON can hold") from error
         return answer
 
     def _rubbish(self, call: str, what: str) -> UpstreamUnavailable:

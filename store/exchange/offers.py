@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import Connection
 
-from common.errors import Conflict, FedChordError, InvalidInput, NotFound, NoUpstream
+from common.errors import Conflict, FedChordError, InvalidInput, NoUpstream
 from store.database import reading
 from store.documents import model_document
+from store.exchange.descent import parents_here
 from store.exchange.foreign import MAX_PATH, ForeignModel, brief
 from store.exchange.neighbour import Neighbour, place
 from store.exchange.possession import missing_blobs
 from store.model_stores import check_access
-from store.models import ModelState, find_copy, get_model
+from store.models import ModelState, find_copy
 from store.new_models import check_new_model
 from store.opening import OpenStore
 from store.putting import check_size_limit, put_shards
@@ -67,7 +67,8 @@ def offer_model(store: OpenStore, caller: Caller, model_store_ddc: str, model: D
         raise InvalidInput("The model's origin is missing; name the node that offers it, and its model_id there.")
     with reading(store.engine) as connection:
         known = find_copy(connection, model_store_ddc, origin.node_id, origin.model_id)
-        parents = [_parent(connection, model_store_ddc, origin.node_id, parent) for parent in offered.parents]
+        own = {parent: parent for parent in offered.parents}
+        parents = parents_here(connection, model_store_ddc, origin.node_id, offered.parents, own)
     if known is not None:
         if known.model_hash != offered.model_hash:
             raise Conflict(f"Model {origin.model_id} of that node was offered with other bytes; give yours a new id.")
@@ -76,7 +77,7 @@ def offer_model(store: OpenStore, caller: Caller, model_store_ddc: str, model: D
         node_id=origin.node_id,
         model_id=origin.model_id,
         state=ModelState.FEEDBACKED,
-        parents=[parent for parent in parents if parent is not None],
+        parents=parents,
     )
     check_new_model(store.settings, new)
     check_size_limit(store.settings, offered.model_size)
@@ -99,13 +100,3 @@ def _parse(model: Document) -> ForeignModel:
         raise InvalidInput(f"The model cannot be taken: {brief(error)}; offer a model_info.") from error
     except RecursionError as error:
         raise InvalidInput("The model cannot be taken: it is nested too deep.") from error
-
-
-def _parent(connection: Connection, model_store_ddc: str, node_id: str, model_id: str) -> str | None:
-    """Return the id that a parent has here: its own, if it came from here, or that of its copy."""
-    if (copy := find_copy(connection, model_store_ddc, node_id, model_id)) is not None:
-        return copy.model_id
-    try:
-        return model_id if get_model(connection, model_id).store == model_store_ddc else None
-    except NotFound:
-        return None

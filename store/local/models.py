@@ -13,6 +13,7 @@ from store.conditions import parse_condition, parse_order
 from store.database import reading, writing
 from store.documents import lineage_document, model_document
 from store.downloading import Download, prepare_download
+from store.lineage import lineage
 from store.local.base import LocalMethods
 from store.model_stores import check_access, visible_stores
 from store.models import (
@@ -23,7 +24,6 @@ from store.models import (
     find_models,
     latest_feedbacked,
     latest_model,
-    lineage,
 )
 from store.new_models import MAX_NAME_CHARACTERS, NewModel, check_new_model, check_text
 from store.putting import put_file, spooled
@@ -33,6 +33,7 @@ from store.weights import load_index
 logger = logging.getLogger(__name__)
 
 _MAX_OFFSET = 2**63 - 1
+_MAX_PAGE_BYTES = 48 << 20  # of records; as an answer they are at most some more
 _MAX_ROUND = 2**31 - 1
 
 
@@ -161,6 +162,7 @@ class ModelMethods(LocalMethods):
                 order=parse_order(order),
                 offset=_whole("offset", offset, _MAX_OFFSET) or 0,
                 limit=_whole("limit", limit, _MAX_OFFSET),
+                max_bytes=_MAX_PAGE_BYTES,
             )
         return [model_document(model) for model in found]
 
@@ -197,12 +199,8 @@ class ModelMethods(LocalMethods):
         with reading(self.store.engine) as connection:
             model = self._model(connection, model_store_ddc, model_id)
             visible = {store.name for store in visible_stores(connection, self.caller)}
-            found = lineage(connection, model.model_id)
-        return [
-            lineage_document(each, visible=each.model is not None and each.model.store in visible)
-            for _, each in found.walk()
-            if each.followed
-        ]
+            found = lineage(connection, model.model_id, stores=visible)
+        return [lineage_document(each) for _, each in found.walk() if each.followed]
 
     def _latest(
         self, model_store_ddc: str, state: ModelState | None, kind: str | None, round: int | None

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from sqlalchemy import Connection
+
 from common.errors import AccessDenied, NotFound
 from store.database import reading, writing
 from store.documents import upstream_document
@@ -9,8 +11,10 @@ from store.local.base import LocalMethods
 from store.model_stores import check_owner, visible_stores
 from store.upstreams import (
     DEFAULT_ALIAS,
+    Upstream,
     add_upstream,
     get_upstream,
+    no_upstream,
     remove_upstream,
     update_upstream,
     upstreams,
@@ -76,7 +80,7 @@ class UpstreamMethods(LocalMethods):
         }
         changes = {name: value for name, value in asked.items() if value is not None}
         with writing(self.store.engine) as connection:
-            check_owner(connection, self.caller, get_upstream(connection, id).store)
+            self._own(connection, id)
             self._check_operator()
             return upstream_document(update_upstream(connection, self.store.box, id, **changes))
 
@@ -84,7 +88,7 @@ class UpstreamMethods(LocalMethods):
         """Forget the upstream and return 1; of a missing one return 0, or raise NotFound as by default."""
         with writing(self.store.engine) as connection:
             try:
-                check_owner(connection, self.caller, get_upstream(connection, id).store)
+                self._own(connection, id)
             except NotFound:
                 if raise_if_no_exists:
                     raise
@@ -94,9 +98,7 @@ class UpstreamMethods(LocalMethods):
     def get_upstream_info(self, id: str) -> dict[str, Any]:
         """Return the upstream_info."""
         with reading(self.store.engine) as connection:
-            found = get_upstream(connection, id)
-            check_owner(connection, self.caller, found.store)
-        return upstream_document(found)
+            return upstream_document(self._own(connection, id))
 
     def list_upstream_info(self, model_store_ddc: str | None = None) -> list[dict[str, Any]]:
         """Return the upstream_info of the model store's upstreams, or of all that are the caller's."""
@@ -110,6 +112,15 @@ class UpstreamMethods(LocalMethods):
                 if self.caller.is_operator or store.tenant_id == self.caller.tenant_id
             }
         return [upstream_document(each) for each in found if each.store in owned]
+
+    def _own(self, connection: Connection, id: str) -> Upstream:
+        """Return the upstream; raise NotFound or AccessDenied unless its model store is the caller's."""
+        found = get_upstream(connection, id)
+        try:
+            check_owner(connection, self.caller, found.store)
+        except NotFound:  # whose words would name a model store that the caller cannot see
+            raise no_upstream(id) from None
+        return found
 
     def _check_operator(self) -> None:
         if not self.caller.is_operator:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
 
@@ -16,6 +17,7 @@ from store.service.rpc import encode_failure
 JSON = "application/json"
 
 _WAS_READ = "fedchord.was_read"  # in a request's scope when its body was read to its end
+_SLOWEST_BYTES_PER_SECOND = 1000  # at which a body has to come, but for one time of being idle
 _LINGER_SECONDS = 3.0  # so long what still comes is thrown away, so that the caller gets to read the answer
 
 
@@ -68,16 +70,20 @@ async def read_body(request: Request, *, max_bytes: int, idle_seconds: float) ->
 async def pieces(request: Request, idle_seconds: float) -> AsyncIterator[bytes]:
     """Yield the request's body as it comes; raise BrokenUpload when it stops, ClientDisconnect when it is cut."""
     more = True
+    left_seconds = idle_seconds  # to wait; what comes gives some back, so that a byte now and then is not enough
     while more:
+        began = time.monotonic()
         try:
-            async with asyncio.timeout(idle_seconds):
+            async with asyncio.timeout(left_seconds):
                 message = await request.receive()
         except TimeoutError:
-            raise BrokenUpload(f"Nothing came for {idle_seconds:g} s; send the request again.") from None
+            raise BrokenUpload(f"Next to nothing came for {idle_seconds:g} s; send the request again.") from None
+        left_seconds -= time.monotonic() - began
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         more = message.get("more_body", False)
         if piece := message.get("body", b""):
+            left_seconds = min(idle_seconds, left_seconds + len(piece) / _SLOWEST_BYTES_PER_SECOND)
             yield piece
     request.scope[_WAS_READ] = True
 

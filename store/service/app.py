@@ -10,9 +10,11 @@ from types import MappingProxyType
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from common.errors import FedChordError
 from store.database import revision
@@ -30,7 +32,10 @@ from store.tenants import Caller
 
 logger = logging.getLogger(__name__)
 
-_CALLS = 64  # at once; some wait for an upstream, or for a job
+_CALLS = 32  # at once
+_WAITING_CALLS = 64  # at once, which may wait for an upstream, or for a job
+_TRANSFERS = 48  # at once, for each has blocks in memory; the others wait in line
+_PREPARED = 8  # downloads at once; a model of shards is hashed when it is asked for the first time
 _SHORT_CALLS = 16  # blocks that are read, hashed or written at once
 _LONG_CALLS = 8  # files that go to the object store at once
 
@@ -38,11 +43,20 @@ _LONG_CALLS = 8  # files that go to the object store at once
 class Rpc:
     """`POST /jsonrpc`."""
 
-    def __init__(self, store: OpenStore, access: Access, methods: Methods, threads: Threads) -> None:
+    def __init__(
+        self,
+        store: OpenStore,
+        access: Access,
+        methods: Methods,
+        *,
+        calls: Threads,
+        waiting: Threads,  # apart, so that an upstream that hangs does not keep others from their own models
+    ) -> None:
         self._idle_seconds = store.settings.http_idle_seconds
         self._access = access
         self._methods = methods
-        self._threads = threads
+        self._calls = calls
+        self._waiting = waiting
 
     async def __call__(self, request: Request) -> Response:
         """Answer what was asked."""
@@ -60,10 +74,24 @@ class Rpc:
             return Response(status_code=HTTPStatus.BAD_REQUEST)  # nobody reads it
         except FedChordError as error:
             return refusal(failure_of(error))
-        return json_answer(await self._threads.run(self._answer, caller, body))
+        threads = self._waiting if self._methods.may_wait(body) else self._calls
+        return json_answer(await threads.run(self._answer, caller, body))
 
     def _answer(self, caller: Caller, body: bytes) -> bytes | None:
         return answer(body, lambda name, params: self._methods.call(caller, name, params))
+
+
+class InLine:
+    """Let so many requests of some routes be answered at once; the others wait."""
+
+    def __init__(self, app: ASGIApp, turns: asyncio.Semaphore) -> None:
+        self._app = app
+        self._turns = turns
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer when it is the request's turn."""
+        async with self._turns:
+            await self._app(scope, receive, send)
 
 
 def make_app(
@@ -77,10 +105,11 @@ def make_app(
     `more_methods` are called at `/jsonrpc` by their whole names, with the Caller as first argument and the parameters,
     which are checked by their annotations, by name. `more_routes` come before ours and check access themselves.
     """
-    calls, short, long = Threads("call", _CALLS), Threads("block", _SHORT_CALLS), Threads("file", _LONG_CALLS)
+    short, long = Threads("block", _SHORT_CALLS), Threads("file", _LONG_CALLS)
     access = Access(store, short)
-    rpc = Rpc(store, access, Methods(store, more_methods), calls)
-    downloads = Downloads(store, access, short=short, long=long)
+    methods = Methods(store, more_methods)
+    rpc = Rpc(store, access, methods, calls=Threads("call", _CALLS), waiting=Threads("wait", _WAITING_CALLS))
+    downloads = Downloads(store, access, short=short, long=Threads("prepare", _PREPARED))
     uploads = Uploads(store, access, short=short, long=long)
 
     @contextlib.asynccontextmanager
@@ -97,12 +126,13 @@ def make_app(
             return JSONResponse({"status": "failing", "reason": type(error).__name__}, HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse({"status": "ok", "revision": found})
 
+    in_line = [Middleware(InLine, turns=asyncio.Semaphore(_TRANSFERS))]
     app = Starlette(
         routes=[
             *more_routes,
             Route("/jsonrpc", rpc.__call__, methods=["POST"]),
-            Route("/jsonrpc/upload/{method}", uploads.__call__, methods=["POST"]),
-            Route("/jsonrpc/download/{method}", downloads.__call__, methods=["GET", "POST"]),
+            Route("/jsonrpc/upload/{method}", uploads.__call__, methods=["POST"], middleware=in_line),
+            Route("/jsonrpc/download/{method}", downloads.__call__, methods=["GET", "POST"], middleware=in_line),
             Route("/health", health, methods=["GET"]),
         ],
         exception_handlers={HTTPException: _http_error},

@@ -12,10 +12,10 @@ from common.errors import BrokenUpload, InvalidInput, TooLarge
 from store.blobs import Blob, disk_errors, new_hasher, write_all
 
 MAX_PARTS = 32
-MAX_FIELD_BYTES = 1 << 20
+MAX_FIELD_BYTES = 1 << 20  # of all fields together, besides what the settings allow model_meta and metrics
 FILE = "file"  # the name of the part that goes to the disk
 
-_MAX_HEADER_BYTES = 16 << 10  # of a part; the file's name is in it, and is not used
+MAX_HEADER_BYTES = 16 << 10  # of a part; the file's name is in it, and is not used
 _PLAIN_ENCODINGS = {b"", b"binary", b"8bit", b"7bit"}
 
 
@@ -29,12 +29,14 @@ class UploadForm:
         fields: dict[str, str],  # is filled with whole fields, by name
         *,
         names: frozenset[str],  # of the fields that it may have
+        max_field_bytes: int,  # of all fields together, for they are in memory
         max_file_bytes: int,
         on_file: Callable[[Mapping[str, str]], None],  # is shown the fields so far when the file begins; may refuse it
     ) -> None:
         self.path = path
         self._fields = fields
         self._names = names
+        self._field_bytes_left = max_field_bytes
         self._max_file_bytes = max_file_bytes
         self._on_file = on_file
         self._num_parts = 0
@@ -61,7 +63,7 @@ class UploadForm:
                     "on_part_end": self._end_part,
                     "on_end": self._end,
                 },
-                max_header_size=_MAX_HEADER_BYTES,
+                max_header_size=MAX_HEADER_BYTES,
             )
         except FormParserError as error:
             raise InvalidInput(f"The boundary of the form cannot be used ({error}); use a shorter one.") from error
@@ -130,9 +132,10 @@ class UploadForm:
 
     def _take(self, data: bytes, start: int, end: int) -> None:
         if self._file is None:
+            self._field_bytes_left -= end - start
+            if self._field_bytes_left < 0:
+                raise TooLarge(f"With {self._name!r}, the form's fields have more bytes than are taken; send less.")
             self._field += data[start:end]
-            if len(self._field) > MAX_FIELD_BYTES:
-                raise TooLarge(f"Field {self._name!r} has more than {MAX_FIELD_BYTES} bytes; send less.")
             return
         self._file_bytes += end - start
         if self._file_bytes > self._max_file_bytes:

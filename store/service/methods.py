@@ -49,6 +49,18 @@ LOCAL_METHODS = (
     "register_party",
     "unregister_party",
 )
+# What may wait for a node elsewhere, as may all that the service is given besides.
+WAITING_METHODS = (
+    "feedback",
+    "request_transfer",
+    "proxy_request_transfer_info",
+    "get_parties",
+    "create_party",
+    "delete_party",
+    "get_path",
+    "register_party",
+    "unregister_party",
+)
 UPLOAD_METHODS = ("fl.put_model", "fl.put_aggregated_model", "fl.put_blob")
 DOWNLOAD_METHOD = "fl.load_model"
 
@@ -113,6 +125,11 @@ class Methods:
         self._store = store
         self._local = {PREFIX + name: Method(getattr(LocalApi, name)) for name in LOCAL_METHODS}
         self._more = {name: Method(function) for name, function in more.items()}
+        self._waiting = [f'{name}"'.encode() for name in (*(PREFIX + each for each in WAITING_METHODS), *more)]
+
+    def may_wait(self, body: bytes) -> bool:
+        """Return whether a request's body may name a method that waits for others; it is not read for that."""
+        return b"\\" in body or any(name in body for name in self._waiting)  # a name can be written in escapes
 
     def call(self, caller: Caller, name: str, params: list[Any] | dict[str, Any]) -> object:
         """Return the result in the wire's form; raise UnknownMethod, or what the method raises."""

@@ -8,15 +8,16 @@ notification, and lets deep JSON raise RecursionError. Changing that would repla
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Never
 
 from pydantic_core import from_json
 
-from common.errors import InvalidInput
+from common.errors import InvalidInput, TooLarge
 from store.service.codes import INVALID_REQUEST, METHOD_NOT_FOUND, PARSE_ERROR, Failure, failure_of
 
 MAX_BODY_BYTES = 8 << 20
 MAX_BATCH = 100  # requests
+MAX_ANSWER_BYTES = 64 << 20  # of a batch, when another request of it is begun
 MAX_NESTING = 64  # arrays and objects inside each other
 MAX_VALUES = 400_000  # 8 MiB of nothing but brackets would take seconds and hundreds of MB
 
@@ -37,7 +38,11 @@ def answer(body: bytes, call: Call) -> bytes | None:
         return _answer_one(request, call)
     if not request or len(request) > MAX_BATCH:
         return encode_failure(None, _invalid(f"A batch has 1 to {MAX_BATCH} requests, not {len(request)}."))
-    answers = [found for found in (_answer_one(each, call) for each in request) if found is not None]
+    answers: list[bytes] = []
+    for each in request:
+        is_full = sum(map(len, answers)) > MAX_ANSWER_BYTES
+        if (found := _answer_one(each, _refuse if is_full else call)) is not None:
+            answers.append(found)
     return b"[" + b",".join(answers) + b"]" if answers else None
 
 
@@ -94,6 +99,10 @@ def _call(request_id: object, method: str, params: list[Any] | dict[str, Any], c
         return encode_failure(request_id, Failure(code=METHOD_NOT_FOUND, message="Method not found", data=str(error)))
     except Exception as error:  # whatever a method raises, the others of the batch are answered
         return encode_failure(request_id, failure_of(error))
+
+
+def _refuse(method: str, params: list[Any] | dict[str, Any]) -> Never:
+    raise TooLarge(f"The batch's answers have more than {MAX_ANSWER_BYTES} bytes already; ask for {method} by itself.")
 
 
 def _invalid(what: str) -> Failure:

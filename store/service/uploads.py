@@ -28,7 +28,7 @@ from store.putting import NewModel, check_new_model, parse_meta, put_file
 from store.service.access import Access
 from store.service.answers import content_length, json_answer, pieces, refusal
 from store.service.codes import METHOD_NOT_FOUND, Failure, failure_of
-from store.service.forms import FILE, MAX_FIELD_BYTES, MAX_PARTS, UploadForm
+from store.service.forms import FILE, MAX_FIELD_BYTES, MAX_HEADER_BYTES, MAX_PARTS, UploadForm
 from store.service.rpc import encode_result, parse
 from store.service.threads import Threads
 from store.tenants import Caller
@@ -76,7 +76,8 @@ class Uploads:
         self._short = short  # hash and write what came
         self._long = long  # put whole files into the object store
         self._max_file_bytes = int(store.settings.max_model_gigabytes * 10**9)
-        self._max_body_bytes = self._max_file_bytes + MAX_PARTS * MAX_FIELD_BYTES
+        self._max_field_bytes = MAX_FIELD_BYTES + 2 * (store.settings.max_meta_kilobytes << 10)
+        self._max_body_bytes = self._max_file_bytes + self._max_field_bytes + MAX_PARTS * MAX_HEADER_BYTES
 
     async def __call__(self, request: Request) -> Response:
         """Take the file and answer as JSON-RPC does."""
@@ -109,6 +110,7 @@ class Uploads:
             scratch / f"upload-{secrets.token_hex(16)}",
             fields,
             names=upload.names,
+            max_field_bytes=self._max_field_bytes,
             max_file_bytes=self._max_file_bytes,
             on_file=partial(upload.check, self._store, caller),
         )

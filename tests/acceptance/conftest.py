@@ -5,6 +5,15 @@ import pytest
 
 from tests.workplace import Workplace
 
+_HANG_SECONDS = 300  # each of these tests starts dozens of processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give these tests longer than the others before they count as hanging."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(_HANG_SECONDS))
+
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Iterator[Workplace]:

@@ -19,6 +19,7 @@ from sqlalchemy import Engine, exc, insert, inspect, select, text, update
 from common.errors import Conflict, DatabaseUnavailable, InvalidInput, NotFound
 from store.blobs import Blob
 from store.database import open_database, reading, revision, upgrade, writing
+from store.lineage import lineage
 from store.migrations import HEAD
 from store.models import (
     ModelInfo,
@@ -30,7 +31,6 @@ from store.models import (
     get_model,
     get_models,
     latest_model,
-    lineage,
     new_model_id,
     set_metrics,
 )

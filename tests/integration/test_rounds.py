@@ -29,7 +29,8 @@ from coordinator.progress import JobProgress, job_progress
 from coordinator.rounds import Part, RoundKind, RoundState
 from coordinator.submitting import abort, submit
 from store.database import reading, writing
-from store.models import ModelInfo, add_model, find_models, lineage
+from store.lineage import lineage
+from store.models import ModelInfo, add_model, find_models
 from store.parties import set_enabled
 from store.weights import store_weights
 from tests.federation import Federation, ScriptedSite, federation, wait_until

@@ -19,7 +19,7 @@ from common.queues import AnswerKind, Kind
 from common.settings import ENV_PREFIX, Settings
 from coordinator.cli.entry import cli
 from coordinator.cli.reference import contexts
-from coordinator.jobfile import InitialModel, JobSpec, StrategyTable
+from coordinator.jobfile import GateTable, InitialModel, JobSpec, StrategyTable
 from coordinator.strategies import STRATEGIES
 from docs import meanings, method_meanings
 from docs.fields import describe_fields
@@ -108,6 +108,7 @@ def test_every_generated_block_has_its_place() -> None:
         (JobSpec, meanings.JOB),
         (StrategyTable, meanings.STRATEGY),
         (InitialModel, meanings.INITIAL_MODEL),
+        (GateTable, meanings.GATE),
         (Settings, {}),
         (EdgeSettings, method_meanings.EDGE),
     ],

@@ -49,7 +49,6 @@ def test_what_no_job_made_is_listed_by_where_it_comes_from() -> None:
     assert drawn(rows) == [
         "mean  model, from copy gone",
         "├── put into ddc:a",
-        "│   └── mean  model, from copy gone",
         "├── copied from node node-one into ddc:a",
         "│   └── copy  model",
         "└── deleted, or not to be seen",
