@@ -161,7 +161,7 @@ def _make_model(services: Services, job: Job, round_: Round, accepted: Sequence[
         updates = get_models(connection, [part.model_id for part in accepted if part.model_id is not None])
     if round_.kind is RoundKind.START:
         return updates[0] if updates else None
-    weights = _aggregate(services, job, updates)
+    weights = aggregate_updates(services, job, updates)
     kind = "moments" if round_.kind is RoundKind.SWAG else "global"
     return ModelInfo(
         store=job.model_store,
@@ -187,7 +187,8 @@ def _make_model(services: Services, job: Job, round_: Round, accepted: Sequence[
     )
 
 
-def _aggregate(services: Services, job: Job, updates: Sequence[ModelInfo]) -> Weights:
+def aggregate_updates(services: Services, job: Job, updates: Sequence[ModelInfo]) -> Weights:
+    """Store what the job's strategy makes of the updates, in bounded pieces and in their order; return it."""
     weights = [model_weights(services.blobs, update) for update in updates]
     schema = weights[0].schema
     examples = [update.num_examples or 0 for update in updates]

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from common.heartbeats import Heartbeat
 from coordinator.rounds import Part, Round
 from coordinator.situation import Situation
-from coordinator.sweeper import _LONGEST_PATIENCE_SECONDS
+from coordinator.sweeper import LONGEST_PATIENCE_SECONDS
 
 
 def clock(moment: datetime) -> str:
@@ -90,7 +90,7 @@ def _asked_again(situation: Situation, round_: Round) -> str:
 def next_asking(published_at: datetime, now: datetime, ask_again_seconds: float) -> datetime:
     """Return about when an idle site is asked next: after one patience, then with pauses that double up to a limit."""
     at, pause = published_at + timedelta(seconds=ask_again_seconds), ask_again_seconds
-    longest = max(ask_again_seconds, _LONGEST_PATIENCE_SECONDS)
+    longest = max(ask_again_seconds, LONGEST_PATIENCE_SECONDS)
     while at < now:
         at += timedelta(seconds=pause)
         pause = min(2 * pause, longest)

@@ -27,7 +27,7 @@ from store.garbage import CLEAN_SECONDS, clean
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_PATIENCE_SECONDS = 600.0  # a site that is asked in vain is asked again ever more rarely, down to this
+LONGEST_PATIENCE_SECONDS = 600.0  # a site that is asked in vain is asked again ever more rarely, down to this
 
 
 def sweep(services: Services, *, grace_seconds: float, asked: "Asked | None" = None) -> int:
@@ -112,7 +112,7 @@ class Asked:
             )
             publish_again(services, part)
             _, pause = self._asked[part.task_id]
-            self._asked[part.task_id] = (now + pause, min(2 * pause, max(patience, _LONGEST_PATIENCE_SECONDS)))
+            self._asked[part.task_id] = (now + pause, min(2 * pause, max(patience, LONGEST_PATIENCE_SECONDS)))
 
 
 def _has_messages(services: Services, site: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 from common.errors import InvalidInput, NotFound
-from coordinator.closing import _aggregate
+from coordinator.closing import aggregate_updates
 from coordinator.differences import differences
 from coordinator.jobfile import JobSpec, StrategyTable
 from coordinator.jobs import Job, new_job
@@ -245,7 +245,7 @@ def _recompute(
     with tempfile.TemporaryDirectory(prefix="verify-", dir=services.blobs.scratch()) as folder:
         beside = _Beside(Path(folder), store)
         beside.prepare()
-        made = _aggregate(replace(services, blobs=beside, settings=settings), _job(strategy), updates)
+        made = aggregate_updates(replace(services, blobs=beside, settings=settings), _job(strategy), updates)
         if made.index.digest == index_digest(model):
             return ()
         return tuple(differences(store, stored, FolderStore(Path(folder)), made))

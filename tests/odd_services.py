@@ -101,6 +101,14 @@ def trickle(handler: BaseHTTPRequestHandler, request: Any) -> None:
             handler.wfile.write(b" ")
 
 
+def trickle_head(handler: BaseHTTPRequestHandler, request: Any) -> None:
+    """Begin an answer, the head of which has no end."""
+    with contextlib.suppress(ConnectionError):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Endless: ")
+        while not handler.server.ended.wait(0.05):  # type: ignore[attr-defined]  # of our own server
+            handler.wfile.write(b"a")
+
+
 class CuttingLine:
     """A line to a service that breaks after some bytes of each answer, as often as it is told."""
 

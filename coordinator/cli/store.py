@@ -179,9 +179,10 @@ def feedback(
     if as_json:
         print_json(received)
     else:
+        hops = received["hop_count"]
         click.echo(
             f"The upstream has {model['model_id'][:8]} as model {received['model_id']} of "
-            f"{received['model_store_ddc']}, {received['hop_count']} hops from its maker."
+            f"{received['model_store_ddc']}, {hops} hop{'' if hops == 1 else 's'} from its maker."
         )
 
 

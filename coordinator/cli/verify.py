@@ -40,7 +40,7 @@ Exit codes:
 @json_option
 @click.pass_obj
 def verify(config: Path | None, model_id: str, whole_chain: bool, as_json: bool) -> None:
-    """Recompute a global model from its updates, and compare to the bit.
+    """Recompute a global model from its updates, and compare.
 
     Every blob that is read is hashed first. Of an update or a first model only the blobs are hashed: there is nothing
     to recompute. MODEL_ID may be shortened to what is unique.

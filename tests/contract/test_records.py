@@ -392,6 +392,16 @@ class TestLineage:
             few = list(lineage(connection, last.model_id, max_models=2).walk())
         assert [(depth, found.followed) for depth, found in few] == [(0, True), (1, True), (2, False)]
 
+    def test_made_up_parents_do_not_fill_the_memory(self, engine: Engine) -> None:
+        with writing(engine) as connection:
+            parents = tuple(f"p{number}" for number in range(100))
+            ids = tuple(add_model(connection, model(parents=parents)).model_id for _ in range(30))
+            last = add_model(connection, model(parents=ids))
+            found = list(lineage(connection, last.model_id, max_parents=1000).walk())
+        assert [each.model_id for depth, each in found if depth == 1] == list(ids)
+        assert sum(depth == 1 and each.followed for depth, each in found) == 10
+        assert sum(depth == 2 for depth, _ in found) == 1000
+
     def test_of_no_such_model_there_is_none(self, engine: Engine) -> None:
         with reading(engine) as connection, pytest.raises(NotFound, match="nothing"):
             lineage(connection, "nothing")

@@ -1,5 +1,6 @@
 """Models and parties go up and down between real services, and nothing half-made is ever seen."""
 
+import contextlib
 import io
 import os
 import signal
@@ -27,14 +28,17 @@ from common.errors import (
     UpstreamCycle,
     UpstreamUnavailable,
 )
-from store.blobs import BLOCK_BYTES
+from store.blobs import BLOCK_BYTES, Blob
 from store.client import Api
-from store.database import writing
+from store.database import reading, writing
+from store.exchange import neighbour
+from store.exchange.neighbour import Neighbour
 from store.model_stores import add_store
 from store.models import ModelInfo, ModelState, add_model
 from store.opening import open_store
 from store.tenants import add_tenant
 from store.tensors import Array
+from store.upstreams import choose_upstream
 from store.weights import store_weights
 from tests.odd_services import HoldingLine, hang, odd_service, result, say, say_json, trickle
 from tests.servers import free_ports, wait_for
@@ -623,8 +627,9 @@ def test_an_upstream_that_answers_rubbish_is_unavailable_and_nothing_is_stored(e
         {"round": 2**40},
         {"start_datetime": "yesterday"},
         {"location": [1, 2, 3]},
+        {"parents": [f"p{number}" for number in range(10_001)]},
     ],
-    ids=str,
+    ids=lambda wrong: str(wrong)[:80],
 )
 def test_a_model_info_that_makes_no_sense_is_not_taken(edge: Level, wrong: dict[str, Any]) -> None:
     answers = {"fl.get_path": PATH, "fl.get_models": result([{**MODEL, **wrong}]), LOAD: _load(DATA)}
@@ -634,6 +639,56 @@ def test_a_model_info_that_makes_no_sense_is_not_taken(edge: Level, wrong: dict[
             edge.api.request_transfer(STORE)
     assert edge.models() == []
     assert edge.scratch() == []
+
+
+@pytest.mark.parametrize("more", [float("nan"), float("inf"), "half a character: \ud800", [[float("nan")]]], ids=ascii)
+def test_what_json_cannot_hold_is_not_told_on(edge: Level, more: Any) -> None:
+    model = edge.put(b"a model")
+    kept = {**MODEL, "model_state": 20, "model_hash": model["model_hash"], "model_size": 7, "shards": model["shards"]}
+    answers = {
+        "fl.get_path": PATH,
+        "fl.get_models": result([{**MODEL, "model_meta": {"more": more}}]),
+        "fl.offer_model": result({"model": {**kept, "more": more}}),
+    }
+    with odd_service(answers) as url:
+        edge.feeds(url)
+        with pytest.raises(UpstreamUnavailable, match="JSON"):
+            edge.api.proxy_request_transfer_info(STORE)
+        with pytest.raises(UpstreamUnavailable, match="JSON"):
+            edge.api.feedback(STORE, model["model_id"])
+
+
+def test_a_blob_that_comes_too_slowly_is_given_up(edge: Level, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(handler: Any, request: Any) -> None:
+        handler.send_response(200)
+        handler.send_header("ETag", f'"{blob.digest}"')
+        handler.send_header("Content-Length", str(blob.size))
+        handler.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while not handler.server.ended.wait(0.05):
+                handler.wfile.write(b"a")
+
+    blob = Blob(digest="0" * 64, size=1_000_000)
+    monkeypatch.setattr(neighbour, "_SLOWEST_BYTES_PER_SECOND", 1e9)
+    with odd_service({LOAD: slowly}) as url, open_store(edge.server.settings) as store:
+        edge.feeds(url)
+        with reading(store.engine) as connection:
+            upstream = choose_upstream(connection, store.box, store.settings, STORE)
+        began = time.monotonic()
+        with Neighbour(store, upstream) as above, pytest.raises(UpstreamUnavailable, match="within"):
+            for _ in above.fetch("m", blob):
+                pass
+        assert time.monotonic() - began < 5
+
+
+def test_an_offer_of_ten_thousand_parents_is_answered_at_once(root: Level) -> None:
+    own = root.put()["model_id"]
+    origin = {"node_id": "n", "model_id": "m"}
+    parents = [*(f"p{number}" for number in range(9_999)), own]
+    began = time.monotonic()
+    missing = root.api.offer_model(STORE, {**MODEL, "origin": origin, "parents": parents})
+    assert time.monotonic() - began < 1
+    assert missing == {"missing": [BLOB]}
 
 
 @pytest.mark.parametrize(

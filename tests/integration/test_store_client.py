@@ -38,7 +38,7 @@ from store.opening import open_store
 from store.tenants import add_tenant
 from store.tensors import write_shard
 from store.wire import to_wire
-from tests.odd_services import CuttingLine, HoldingLine, hang, odd_service, say, trickle
+from tests.odd_services import CuttingLine, HoldingLine, hang, odd_service, say, trickle, trickle_head
 from tests.servers import S3Server, free_ports, seaweedfs
 from tests.store_server import StoreServer, store_server
 
@@ -668,7 +668,7 @@ def test_an_answer_without_end_is_refused() -> None:
         api.get_stores()
 
 
-@pytest.mark.parametrize("answer", [hang, trickle])
+@pytest.mark.parametrize("answer", [hang, trickle, trickle_head])
 def test_an_answer_that_does_not_come_in_time_is_unavailable(answer: Any) -> None:
     with odd_service({"fl.get_stores": answer}) as url, Api(url, timeout_seconds=0.5) as api:
         started = time.monotonic()

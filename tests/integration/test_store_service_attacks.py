@@ -179,7 +179,8 @@ def test_a_truncated_form_is_a_broken_upload(server: StoreServer, body: bytes) -
         (b"".join(part("model_kind", b"") for _ in range(40)) + form(), -32602),
         (form(model_description=b"\xff\xfe"), -32602),
         (form(model_description=b"d" * 10_001), -32602),
-        (form(model_description=b"d" * ((1 << 20) + 1)), -32004),
+        (form(model_description=b"d" * (2 << 20)), -32004),
+        (form(model_description=b"d" * 600_000, model_kind=b"k" * 600_000), -32004),
         (form(model_meta=b"{" * 2_000_000), -32004),
         (form(model_meta=b'{"a":' * 10_000 + b"1" + b"}" * 10_000), -32602),
         (form(model_meta=b'{"a": "' + b"x" * 70_000 + b'"}'), -32004),
@@ -247,6 +248,20 @@ def test_ten_gigabytes_announced_and_then_silence_is_a_broken_upload(server: Sto
     with connection(server, head(10**10) + form()[:-10] + bytes(1000)) as opened:
         assert answer(opened) == (400, -32005)
     assert IDLE_SECONDS <= time.monotonic() - started < IDLE_SECONDS + 5
+
+
+def test_a_byte_now_and_then_is_not_enough(server: StoreServer) -> None:
+    with connection(server, head(10_000_000) + form()[:-60]) as opened:
+        began = time.monotonic()
+        opened.settimeout(IDLE_SECONDS / 5)
+        while time.monotonic() - began < 10 * IDLE_SECONDS:
+            try:
+                opened.sendall(b"d")
+                assert opened.recv(12) == b"HTTP/1.1 400"
+                break
+            except TimeoutError:
+                continue
+        assert time.monotonic() - began < 3 * IDLE_SECONDS
 
 
 def test_a_connection_that_is_closed_in_an_upload_leaves_nothing(server: StoreServer) -> None:

@@ -100,6 +100,46 @@ def test_a_lineage_shows_no_more_than_the_caller_may_read(api: LocalApi, tenant:
     assert shown(api) == [*rest, (secret, "secret", 0, []), ("deleted", None, None, [])]
 
 
+def test_a_lineage_does_not_go_on_behind_what_the_caller_may_not_read(api: LocalApi, tenant: LocalApi) -> None:
+    first = api.put_model(DDC, BytesIO(b"a"))["model_id"]
+    second = api.put_model(DDC, BytesIO(b"b"), parents=[first])["model_id"]
+    tenant.initialize_model_store("ddc:theirs")
+    child = tenant.put_model("ddc:theirs", BytesIO(b"c"), parents=[second])["model_id"]
+    found = tenant.get_lineage("ddc:theirs", child)
+    assert [(each["model_id"], each["parents"]) for each in found] == [(child, [second]), (second, [])]
+
+
+def test_an_upstream_of_a_store_that_the_caller_cannot_see_is_as_if_it_were_not_there(
+    api: LocalApi, tenant: LocalApi
+) -> None:
+    made = api.create_upstream_info(DDC, URL)
+    for call in (tenant.get_upstream_info, tenant.update_upstream_info, tenant.delete_upstream_info):
+        with pytest.raises(NotFound) as told:
+            call(made["id"])
+        with pytest.raises(NotFound) as missing:
+            call("missing")
+        assert str(told.value) == str(missing.value).replace("missing", made["id"])
+    assert tenant.delete_upstream_info(made["id"], raise_if_no_exists=False) == 0
+    assert api.list_upstream_info() == [made]
+
+
+def test_a_tenants_own_store_does_not_feed_what_the_nodes_key_opens(api: LocalApi, tenant: LocalApi) -> None:
+    settings = api.store.settings.model_copy(update={"upstream_url": "http://127.0.0.1:9"})
+    store = replace(api.store, settings=settings)
+    theirs = LocalApi(store, tenant.caller)
+    theirs.initialize_model_store("ddc:secret-above")
+    model_id = theirs.put_model("ddc:secret-above", BytesIO(b"a"))["model_id"]
+    with pytest.raises(NoUpstream):
+        theirs.request_transfer("ddc:secret-above")
+    with pytest.raises(NoUpstream):
+        theirs.feedback("ddc:secret-above", model_id)
+    with pytest.raises(NotFound, match="no upstream"):
+        theirs.proxy_request_transfer_info("ddc:secret-above")
+    assert len(theirs.get_path("ddc:secret-above")) == 1
+    with pytest.raises(UpstreamUnavailable):
+        LocalApi(store, api.caller).request_transfer(DDC)
+
+
 def test_upstreams_are_the_owners_business_and_their_secret_is_nobodys(api: LocalApi, tenant: LocalApi) -> None:
     made = api.create_upstream_info(DDC, URL + "/", "key", "s3cret", "ddc:hub", alias="hub", description="d")
     assert {name: made[name] for name in made if name not in ("id", "created_at", "updated_at")} == {

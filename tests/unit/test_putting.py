@@ -84,6 +84,25 @@ def nested(depth: int, inside: Any = 1) -> Any:
 
 
 class TestFiles:
+    def test_a_store_of_the_same_name_that_came_meanwhile_is_another_one(
+        self, store: OpenStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with writing(store.engine) as connection:
+            add_store(connection, "ddc:passing")
+        keep = store.blobs.put
+
+        def put_slowly(path: Path, *, blob: Blob | None = None) -> Blob:
+            with writing(store.engine) as connection:
+                remove_store(connection, "ddc:passing")
+                add_store(connection, "ddc:passing", tenant_id="another")
+            return keep(path, blob=blob)
+
+        monkeypatch.setattr(store.blobs, "put", put_slowly)
+        with spooled(store, [b"a model"]) as (path, blob), pytest.raises(NotFound, match="deleted meanwhile"):
+            put_file(store, "ddc:passing", path, blob, NewModel())
+        with reading(store.engine) as connection:
+            assert find_models(connection, store="ddc:passing") == ()
+
     def test_any_bytes_are_a_model(self, store: OpenStore) -> None:
         new = NewModel(
             model_kind="pickle",
