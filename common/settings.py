@@ -115,7 +115,7 @@ class Settings(BaseSettings):
     )
     tenant_name: str = Field("", max_length=200, description="Its name, for people.")
     upstream_url: str = Field(
-        "", description="The service that this node's model stores feed, unless a store has an upstream of its own."
+        "", description="The service that the operator's model stores feed, unless a store has an upstream of its own."
     )
     upstream_api_key: str = Field("", description="This node's API key there.")
     upstream_secret: SecretStr = Field(SecretStr(""), description="This node's secret there.")

@@ -124,9 +124,9 @@ def _verify(services: Services, store: BlobStore, model: ModelInfo) -> Verdict:
         )
         return Verdict(**common, result=Result.INTACT, sentence=said)
     if troubles := _recompute(services, store, model, updates, strategy):
-        said = f"Recomputed from its {len(updates)} updates, it is another model than the one that is stored."
+        said = f"Recomputed from {_counted(updates)}, it is another model than the one that is stored."
         return Verdict(**common, result=Result.DIFFERENT, sentence=said, troubles=troubles, updates=len(updates))
-    said = f"Recomputed from its {len(updates)} updates with {strategy.name}, it is the same to the bit."
+    said = f"Recomputed from {_counted(updates)} with {strategy.name}, it is the same to the bit."
     return Verdict(**common, result=Result.SAME, sentence=said, updates=len(updates))
 
 
@@ -234,6 +234,10 @@ class _Beside(FolderStore):
     def open(self, blob: Blob) -> BinaryIO:
         """Open the blob of the real store."""
         return self._source.open(blob)
+
+
+def _counted(updates: Sequence[ModelInfo]) -> str:
+    return f"its {len(updates)} updates" if len(updates) != 1 else "its one update"
 
 
 def _recompute(

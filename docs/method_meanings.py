@@ -7,10 +7,13 @@ those before them made; `model_id` is the model that `put_model` put, `aggregate
 
 from store.conditions import MAX_DEPTH as MAX_CONDITION_DEPTH
 from store.conditions import MAX_TERMS
+from store.exchange.neighbour import SLOWEST_BYTES_PER_SECOND
+from store.local.models import MAX_PAGE_BYTES
 from store.new_models import MAX_DEPTH as MAX_META_DEPTH
 from store.new_models import MAX_DESCRIPTION_CHARACTERS, MAX_NAME_CHARACTERS, MAX_PARENTS
+from store.service.app import MAX_TRANSFERS
 from store.service.forms import MAX_FIELD_BYTES, MAX_PARTS
-from store.service.rpc import MAX_BATCH, MAX_BODY_BYTES, MAX_NESTING
+from store.service.rpc import MAX_ANSWER_BYTES, MAX_BATCH, MAX_BODY_BYTES, MAX_NESTING
 
 METHODS = {
     "The service and its model stores": (
@@ -290,12 +293,16 @@ LIMITS = (
     ("Requests in a batch.", str(MAX_BATCH)),
     ("How deep a request may nest.", f"{MAX_NESTING} levels"),
     ("Parts of an upload's form.", str(MAX_PARTS)),
-    ("A field of an upload's form.", f"{MAX_FIELD_BYTES >> 20} MiB"),
+    ("All fields of an upload's form together, besides model_meta and metrics.", f"{MAX_FIELD_BYTES >> 20} MiB"),
     ("How deep model_meta and metrics may nest.", f"{MAX_META_DEPTH} levels"),
     ("model_kind.", f"{MAX_NAME_CHARACTERS} characters"),
     ("model_description.", f"{MAX_DESCRIPTION_CHARACTERS:,} characters"),
     ("parents.", f"{MAX_PARENTS:,} ids"),
     ("How deep conditions may nest.", f"{MAX_CONDITION_DEPTH} levels"),
+    ("Transfers at once; the others wait in line.", str(MAX_TRANSFERS)),
+    ("The records that get_models returns at once.", f"{MAX_PAGE_BYTES >> 20} MiB"),
+    ("The answers of a batch; later requests are refused.", f"{MAX_ANSWER_BYTES >> 20} MiB"),
+    ("How fast an upstream's blob must come, in the mean.", f"{SLOWEST_BYTES_PER_SECOND // 1000} kB a second"),
     ("Terms of conditions, values of `in` included.", str(MAX_TERMS)),
 )
 

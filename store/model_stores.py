@@ -198,5 +198,6 @@ def _store(row: RowMapping) -> ModelStore:
 
 def _no_store(name: str) -> NotFound:
     return NotFound(
-        f"There is no model store {name[:_SHOWN_CHARACTERS]!a} that you may use; make it with initialize_model_store."
+        f"There is no model store {name[:_SHOWN_CHARACTERS]!a} that you may use; make it with initialize_model_store, "
+        "or `fedchord store create`."
     )

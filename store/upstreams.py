@@ -13,7 +13,7 @@ from sqlalchemy import delete as delete_from
 
 from common.errors import Conflict, InvalidInput, NotFound, NoUpstream
 from common.settings import Settings
-from store.model_stores import check_store_name, lock_store
+from store.model_stores import OPERATOR, check_store_name, find_store, lock_store
 from store.secret_box import SecretBox
 from store.tables import upstreams as upstreams_table
 from store.tables import utc_now
@@ -24,10 +24,12 @@ __all__ = [
     "add_upstream",
     "check_upstream_url",
     "choose_upstream",
+    "feeds_upstream_of_settings",
     "get_upstream",
     "no_upstream",
     "remove_upstream",
     "update_upstream",
+    "upstream_of_settings",
     "upstreams",
 ]
 
@@ -146,9 +148,9 @@ def choose_upstream(
 ) -> Upstream:
     """Return, with its secret, the upstream of that alias or id, or the one that is meant when none is named.
 
-    That is the only enabled one, or the one called "default"; a model store without upstreams of its own feeds the
-    model store of the same name at FEDCHORD_UPSTREAM_URL. Raise NotFound for no such alias, NoUpstream if it is
-    disabled or none is meant.
+    That is the only enabled one, or the one called "default"; an operator's model store without upstreams of its own
+    feeds the model store of the same name at FEDCHORD_UPSTREAM_URL. Raise NotFound for no such alias, NoUpstream if it
+    is disabled or none is meant.
     """
     query = select(*_FIELDS, upstreams_table.c.secret.label("sealed")).where(upstreams_table.c.store == store)
     if alias is not None:
@@ -158,8 +160,8 @@ def choose_upstream(
     enabled = [row for row in rows if row["enabled"]]
     if alias is not None and not rows:
         raise NotFound(f"Model store {store} has no upstream {alias[:80]!a}; list_upstream_info shows those it has.")
-    if not rows and settings.upstream_url:
-        return _upstream_of_settings(settings, store)
+    if not rows and feeds_upstream_of_settings(connection, settings, store):
+        return upstream_of_settings(settings, store)
     if not rows:
         raise NoUpstream(f"Model store {store} has no upstream; add one with `fedchord store upstreams add`.")
     if not enabled:
@@ -191,7 +193,17 @@ def check_upstream_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _upstream_of_settings(settings: Settings, store: str) -> Upstream:
+def feeds_upstream_of_settings(connection: Connection, settings: Settings, store: str) -> bool:
+    """Return whether the model store, unless it has upstreams of its own, feeds that of the settings.
+
+    A tenant's does not: under a name of its choice, it would reach with this node's key what is another's there.
+    """
+    found = find_store(connection, store)
+    return bool(settings.upstream_url) and found is not None and found.tenant_id == OPERATOR
+
+
+def upstream_of_settings(settings: Settings, store: str) -> Upstream:
+    """Return the upstream at FEDCHORD_UPSTREAM_URL, with the model store of the same name."""
     now = utc_now()
     return Upstream(
         id="",

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import numpy.typing as npt
 from pydantic import JsonValue
 
-from common.errors import Conflict, Declined, FedChordError, JobFailed, NotFound, Unavailable
+from common.errors import AccessDenied, Conflict, Declined, FedChordError, JobFailed, NotFound, Unavailable
 from store.blobs import disk_errors, hash_open, write_all
 from store.client import Api
 from store.models import ModelState
@@ -244,6 +244,10 @@ class EdgeTrainer(Trainer):
                     extra={"action": "wait_for_edge", "job": self.context.job_id},
                 )
                 step.report(0.0, "waits for the edge's service")
+            except AccessDenied as error:
+                raise Declined(
+                    f"The edge's service refuses api_key and secret of this site's edge.toml ({error.message})"
+                ) from error
             except NotFound as error:  # somebody at the edge has deleted what the part stands on
                 raise Declined(f"The edge has not got it any more: {error.message}") from error
             time.sleep(pause)

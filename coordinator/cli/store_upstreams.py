@@ -23,7 +23,7 @@ Example:
 def upstreams() -> None:
     """List, add, enable, disable and remove upstreams.
 
-    Without a command: list them. A model store without an upstream of its own feeds the one of the setting
+    Without a command: list them. An operator's model store without an upstream of its own feeds the one of the setting
     upstream_url.
     """
 

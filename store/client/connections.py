@@ -11,7 +11,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 
-class _PromptConnection(HTTPConnection):
+class PromptConnection(HTTPConnection):
     """A connection that is shut down when the head of a reply takes longer than the timeout for reading."""
 
     def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]  # as in urllib3
@@ -43,20 +43,20 @@ class _PromptConnection(HTTPConnection):
         return response
 
 
-class _PromptTlsConnection(_PromptConnection, HTTPSConnection):
+class PromptTlsConnection(PromptConnection, HTTPSConnection):
     """The same over TLS."""
 
 
 class HttpPool(HTTPConnectionPool):
     """Such connections to one host."""
 
-    ConnectionCls = _PromptConnection
+    ConnectionCls = PromptConnection
 
 
 class HttpsPool(HTTPSConnectionPool):
     """Such connections to one host over TLS."""
 
-    ConnectionCls = _PromptTlsConnection
+    ConnectionCls = PromptTlsConnection
 
 
 def prompt_pool(**arguments: Any) -> urllib3.PoolManager:

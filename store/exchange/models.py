@@ -25,7 +25,7 @@ from store.new_models import check_new_model
 from store.opening import OpenStore
 from store.putting import check_size_limit, put_shards, spooled
 from store.tenants import Caller
-from store.upstreams import Upstream, choose_upstream, upstreams
+from store.upstreams import Upstream, choose_upstream, feeds_upstream_of_settings, upstreams
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,9 @@ def _only_store(store: OpenStore, caller: Caller) -> str:
 def _has_upstream(store: OpenStore, caller: Caller, model_store_ddc: str) -> bool:
     with reading(store.engine) as connection:
         check_access(connection, caller, model_store_ddc, write=False)
-        return bool(store.settings.upstream_url or upstreams(connection, model_store_ddc))
+        if upstreams(connection, model_store_ddc):
+            return True
+        return feeds_upstream_of_settings(connection, store.settings, model_store_ddc)
 
 
 def _fetch(store: OpenStore, caller: Caller, above: Neighbour, model_id: str, blob: Blob) -> None:

@@ -27,7 +27,7 @@ Document = dict[str, Any]
 
 _MAX_REPLY_BYTES = 8 << 20
 _MAX_TERMS = 200  # in a condition
-_SLOWEST_BYTES_PER_SECOND = 10_000  # at which a blob has to come, or it would never end
+SLOWEST_BYTES_PER_SECOND = 10_000  # at which a blob has to come, or it would never end
 _BROUGHT_DOWN = [int(ModelState.AGGREGATED), int(ModelState.TRANSFERRED)]
 
 _MODEL = TypeAdapter(ForeignModel)
@@ -133,7 +133,7 @@ class Neighbour:
         with received:
             if received.size != blob.size:
                 raise self._rubbish("load_model", f"blob {blob.digest} has {received.size} bytes, not {blob.size}")
-            seconds = self._store.settings.upstream_timeout_seconds + blob.size / _SLOWEST_BYTES_PER_SECOND
+            seconds = self._store.settings.upstream_timeout_seconds + blob.size / SLOWEST_BYTES_PER_SECOND
             ends_at = time.monotonic() + seconds
             while True:
                 with self._errors():

@@ -21,7 +21,7 @@ from store.model_stores import visible_stores
 from store.opening import OpenStore
 from store.parties import add_party, parties, remove_party
 from store.tenants import Caller
-from store.upstreams import DEFAULT_ALIAS, Upstream, choose_upstream, upstreams
+from store.upstreams import DEFAULT_ALIAS, Upstream, choose_upstream, upstream_of_settings, upstreams
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def node_upstream(connection: Connection, store: OpenStore, caller: Caller) -> U
     them alone is not called "default".
     """
     if store.settings.upstream_url:
-        return choose_upstream(connection, store.box, store.settings, "")
+        return upstream_of_settings(store.settings, "")
     visible = {each.name for each in visible_stores(connection, caller)}
     found = [each for each in upstreams(connection) if each.enabled and each.store in visible]
     if len({(each.url, each.api_key) for each in found}) > 1:

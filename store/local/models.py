@@ -33,7 +33,7 @@ from store.weights import load_index
 logger = logging.getLogger(__name__)
 
 _MAX_OFFSET = 2**63 - 1
-_MAX_PAGE_BYTES = 48 << 20  # of records; as an answer they are at most some more
+MAX_PAGE_BYTES = 48 << 20  # of records; as an answer they are at most some more
 _MAX_ROUND = 2**31 - 1
 
 
@@ -162,7 +162,7 @@ class ModelMethods(LocalMethods):
                 order=parse_order(order),
                 offset=_whole("offset", offset, _MAX_OFFSET) or 0,
                 limit=_whole("limit", limit, _MAX_OFFSET),
-                max_bytes=_MAX_PAGE_BYTES,
+                max_bytes=MAX_PAGE_BYTES,
             )
         return [model_document(model) for model in found]
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _CALLS = 32  # at once
 _WAITING_CALLS = 64  # at once, which may wait for an upstream, or for a job
-_TRANSFERS = 48  # at once, for each has blocks in memory; the others wait in line
+MAX_TRANSFERS = 40  # at once, for each has blocks in memory; the others wait in line
 _PREPARED = 8  # downloads at once; a model of shards is hashed when it is asked for the first time
 _SHORT_CALLS = 16  # blocks that are read, hashed or written at once
 _LONG_CALLS = 8  # files that go to the object store at once
@@ -126,7 +126,7 @@ def make_app(
             return JSONResponse({"status": "failing", "reason": type(error).__name__}, HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse({"status": "ok", "revision": found})
 
-    in_line = [Middleware(InLine, turns=asyncio.Semaphore(_TRANSFERS))]
+    in_line = [Middleware(InLine, turns=asyncio.Semaphore(MAX_TRANSFERS))]
     app = Starlette(
         routes=[
             *more_routes,

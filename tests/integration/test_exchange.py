@@ -669,7 +669,7 @@ def test_a_blob_that_comes_too_slowly_is_given_up(edge: Level, monkeypatch: pyte
                 handler.wfile.write(b"a")
 
     blob = Blob(digest="0" * 64, size=1_000_000)
-    monkeypatch.setattr(neighbour, "_SLOWEST_BYTES_PER_SECOND", 1e9)
+    monkeypatch.setattr(neighbour, "SLOWEST_BYTES_PER_SECOND", 1e9)
     with odd_service({LOAD: slowly}) as url, open_store(edge.server.settings) as store:
         edge.feeds(url)
         with reading(store.engine) as connection:

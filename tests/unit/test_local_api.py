@@ -1,6 +1,7 @@
 """Facts about the local API that take more than one store, model or tenant to see."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -9,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.errors import AccessDenied, Conflict, FedChordError, InvalidInput, NotFound
+from common.errors import (
+    AccessDenied,
+    Conflict,
+    FedChordError,
+    InvalidInput,
+    NotFound,
+    NoUpstream,
+    UpstreamUnavailable,
+)
 from common.settings import Settings
 from store.database import writing
 from store.local import LocalApi
