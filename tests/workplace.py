@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -76,7 +77,8 @@ class Workplace:
     def start(self, *arguments: str, largest_file: int | None = None) -> subprocess.Popen[str]:
         """Start the command; with a limit in bytes, files cannot grow past it, as on a disk that is full."""
 
-        def limit() -> None:
+        def prepare() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would its heirs
             if largest_file is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
@@ -88,7 +90,7 @@ class Workplace:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=limit,
+            preexec_fn=prepare,
         )
 
     def up(self, *more: str) -> Any:

@@ -292,7 +292,7 @@ def test_a_trainer_that_cannot_be_found_is_told_and_everything_is_stopped_again(
 def test_without_a_stack_every_command_says_what_to_do(workplace: Workplace) -> None:
     assert "`fedchord up` makes one" in workplace.run("status", code=3).err
     assert "`fedchord up` makes one" in workplace.run("down", code=3).err
-    assert "make a coordinator's key" in workplace.run("jobs", code=2).err
+    assert "make a stack with `fedchord up`" in workplace.run("jobs", code=3).err
 
 
 def test_down_ends_what_a_killed_supervisor_has_left(workplace: Workplace) -> None:
