@@ -21,23 +21,15 @@ from store.opening import OpenStore, open_store
 from store.putting import NewModel, put_shards
 from store.tenants import operator
 from store.weights import store_weights
-from tests.contract.postgres import PostgresServer
 
 DDC = "ddc:digits"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
-    with PostgresServer() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OpenStore]:
-    url = f"sqlite:///{tmp_path}/records.db"
-    if request.param == "postgresql":
-        url = request.getfixturevalue("server").new_database()
-    settings = Settings(database_url=url, blob_folder=tmp_path / "blobs", store_key_file=tmp_path / "store.key")
+@pytest.fixture
+def store(database_url: str, tmp_path: Path) -> Iterator[OpenStore]:
+    settings = Settings(
+        database_url=database_url, blob_folder=tmp_path / "blobs", store_key_file=tmp_path / "store.key"
+    )
     with open_store(settings) as store:
         LocalApi(store, operator(settings)).initialize_model_store(DDC)
         yield store

@@ -3,17 +3,15 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from postgres import PostgresServer
 from sqlalchemy import Engine, exc, insert, inspect, select, text, update
 
 from common.errors import Conflict, DatabaseUnavailable, InvalidInput, NotFound
@@ -36,38 +34,10 @@ from store.models import (
 )
 from store.parties import PartyInfo, enroll_site, get_site, remove_site, set_enabled, sites
 from store.tables import audit, jobs, metadata, parts, rounds, utc_now
+from tests.contract.postgres import PostgresServer
 
 DIGEST = "0" * 64
 Result = TypeVar("Result")
-
-
-@pytest.fixture(scope="module")
-def postgres_server() -> Iterator[PostgresServer]:
-    with PostgresServer() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/records.db"
-    server: PostgresServer = request.getfixturevalue("postgres_server")
-    return server.new_database()
-
-
-@pytest.fixture
-def fresh(database_url: str) -> Iterator[Engine]:
-    """Give a database without tables."""
-    engine = open_database(database_url)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def engine(fresh: Engine) -> Engine:
-    """Give a database with our tables."""
-    upgrade(fresh)
-    return fresh
 
 
 def job(job_id: str = "job", **changes: Any) -> dict[str, Any]:

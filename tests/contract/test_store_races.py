@@ -19,7 +19,6 @@ from store.model_stores import grant
 from store.models import find_copies, find_models, ids_in_store
 from store.opening import OpenStore, open_store
 from store.tenants import add_tenant, authenticate, operator
-from tests.contract.postgres import PostgresServer
 
 DDC = "ddc:digits"
 DATA = b"a model"
@@ -28,18 +27,11 @@ BLOB = hash_bytes(DATA)
 Result = TypeVar("Result")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
-    with PostgresServer() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def api(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalApi]:
-    url = f"sqlite:///{tmp_path}/records.db"
-    if request.param == "postgresql":
-        url = request.getfixturevalue("server").new_database()
-    settings = Settings(database_url=url, blob_folder=tmp_path / "blobs", store_key_file=tmp_path / "store.key")
+@pytest.fixture
+def api(database_url: str, tmp_path: Path) -> Iterator[LocalApi]:
+    settings = Settings(
+        database_url=database_url, blob_folder=tmp_path / "blobs", store_key_file=tmp_path / "store.key"
+    )
     with open_store(settings) as store:
         api = LocalApi(store, operator(settings))
         api.initialize_model_store(DDC)

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 
 import pytest
 from alembic import command
-from postgres import PostgresServer
 from sqlalchemy import Connection, Engine, insert, select, text, update
 
 from common.errors import AccessDenied, Conflict, InvalidInput, InvalidSettings, NotFound, NoUpstream
 from common.settings import Settings
 from store.conditions import parse_condition, parse_order
-from store.database import open_database, reading, revision, upgrade, writing
+from store.database import reading, revision, upgrade, writing
 from store.migrations import HEAD, migration_config
 from store.model_stores import (
     add_store,
@@ -61,33 +60,6 @@ from store.upstreams import upstreams as list_upstreams
 DIGESTS = [f"{number:064x}" for number in range(10)]
 OPERATOR = Caller(tenant_id="", tenant_name="", is_operator=True)
 Result = TypeVar("Result")
-
-
-@pytest.fixture(scope="module")
-def postgres_server() -> Iterator[PostgresServer]:
-    with PostgresServer() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/records.db"
-    server: PostgresServer = request.getfixturevalue("postgres_server")
-    return server.new_database()
-
-
-@pytest.fixture
-def fresh(database_url: str) -> Iterator[Engine]:
-    engine = open_database(database_url)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def engine(fresh: Engine) -> Engine:
-    upgrade(fresh)
-    return fresh
 
 
 @pytest.fixture

@@ -1,39 +1,17 @@
 """One job for one key, however many submit it at once: over SQLite and over a real PostgreSQL."""
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import pytest
-from postgres import PostgresServer
 from sqlalchemy import Engine
 
 from coordinator.jobfile import JobSpec
 from coordinator.jobs import add_job, find_jobs, find_submission, get_job, new_job
-from store.database import open_database, reading, upgrade, writing
+from store.database import reading, writing
 from store.model_stores import add_store, find_store
 
 SPEC = JobSpec(name="keys", trainer="t", rounds=0)
 AT_ONCE = 8
-
-
-@pytest.fixture(scope="module")
-def postgres_server() -> Iterator[PostgresServer]:
-    with PostgresServer() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
-    url = f"sqlite:///{tmp_path}/records.db"
-    if request.param == "postgresql":
-        server: PostgresServer = request.getfixturevalue("postgres_server")
-        url = server.new_database()
-    made = open_database(url)
-    upgrade(made)
-    yield made
-    made.dispose()
 
 
 def submit(engine: Engine, key: str | None, together: threading.Barrier | None = None) -> str:
