@@ -4,42 +4,40 @@ import logging
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import MappingProxyType
 
 from sqlalchemy import Connection
 
-from common.errors import FedChordError, Unavailable
-from common.heartbeats import read_heartbeats
+from common.errors import Conflict, FedChordError, Unavailable
+from common.heartbeats import Heartbeat, read_heartbeats
 from common.queues import Kind
 from coordinator.aggregation import aggregate, weighted_metrics
 from coordinator.dispatch import publish_round, send_notices
 from coordinator.jobs import LIVE, Job, JobState, change_job, get_job, lock_job
 from coordinator.lease import held_round
+from coordinator.letting_go import cancel_parts
+from coordinator.members import note_answers, set_left
 from coordinator.model_weights import model_weights
 from coordinator.norms import find_outliers
 from coordinator.outbox import add_notices
-from coordinator.planning import Step, finish, plan_next
+from coordinator.parts import Part, find_carried, find_parts
+from coordinator.planning import Step, finish, let_stale_go, plan_next
 from coordinator.quarantine import set_aside
-from coordinator.rounds import (
-    Part,
-    PartState,
-    Round,
-    RoundKind,
-    RoundState,
-    close_round,
-    find_parts,
-    get_round,
-)
+from coordinator.rounds import Round, close_round, forgive_claim, get_round
 from coordinator.services import Services
+from coordinator.states import PartState, RoundKind, RoundState
 from store.database import reading, writing
 from store.index import Weights
 from store.models import ModelInfo, ModelState, add_model, get_models, set_metrics
+from store.parties import sites as enrolled_sites
 from store.pieces import WeightsReader, WeightsWriter
 from store.tables import utc_now
 
 logger = logging.getLogger(__name__)
+
+_MOST_CLAIMS = 10  # a round whose aggregation has ended its process so often ends the job
 
 
 def settle_round(services: Services, round_id: str) -> None:
@@ -52,10 +50,15 @@ def settle_round(services: Services, round_id: str) -> None:
             round_ = get_round(connection, round_id)
             job = get_job(connection, round_.job_id)
             parts = find_parts(connection, round_id)
+            carried = find_carried(connection, job.job_id, round_id) if job.spec.late.policy == "keep" else []
         try:
-            following = _settle(services, owner, job, round_, parts)
+            if round_.claims > _MOST_CLAIMS:
+                raise Conflict(_too_often())
+            following = _settle(services, owner, job, round_, parts, carried)
         except Unavailable:
-            raise  # the lease runs out, and whoever is next tries again
+            with suppress(Unavailable), writing(services.engine) as connection:
+                forgive_claim(connection, round_id, owner)
+            raise
         except Exception as error:
             logger.exception("Round %s cannot be aggregated.", round_id, extra={"action": "aggregation_failed"})
             said = error.message if isinstance(error, FedChordError) else f"{type(error).__name__}: {error}"
@@ -71,35 +74,39 @@ def start_job(services: Services, job_id: str) -> None:
     with reading(services.engine) as connection:
         job = get_job(connection, job_id)
     if job.state is JobState.SUBMITTED:
-        alive = alive_sites(services, job.sites)
+        alive = alive_sites(services, job)
         with writing(services.engine) as connection:
-            first = plan_next(connection, job, None, alive=alive)
+            first = plan_next(connection, job, None, alive=alive, choosers=services.settings.choosers)
         if first is not None:
             publish_round(services, first.round_id)
     send_notices(services)
 
 
-def alive_sites(services: Services, sites: Sequence[str]) -> frozenset[str]:
-    """Return the sites whose heartbeat has not run out."""
-    return frozenset(read_heartbeats(services.broker, sites))
+def alive_sites(services: Services, job: Job) -> dict[str, Heartbeat]:
+    """Return the heartbeats that have not run out, of the job's sites and of those that may join it."""
+    sites = set(job.sites)
+    if job.spec.participation.join:
+        with reading(services.engine) as connection:
+            sites |= {party.site for party in enrolled_sites(connection, enabled=True) if party.site}
+    return read_heartbeats(services.broker, sorted(sites))
 
 
-def _settle(services: Services, owner: str, job: Job, round_: Round, parts: Sequence[Part]) -> Round | None:
-    verdicts = _outliers(job, parts)
-    outliers = [part for part in parts if part.site in verdicts]
-    parts = [
-        replace(part, state=PartState.QUARANTINED, reason=verdicts[part.site]) if part.site in verdicts else part
-        for part in parts
-    ]
-    accepted = [part for part in parts if part.state is PartState.ACCEPTED]
+def _settle(
+    services: Services, owner: str, job: Job, round_: Round, own: Sequence[Part], carried: Sequence[Part]
+) -> Round | None:
+    verdicts = _outliers(job, [*own, *carried])
+    outliers = [part for part in (*own, *carried) if part.task_id in verdicts]
+    parts, carried = _judged(own, verdicts), _judged(carried, verdicts)
+    accepted = [part for part in (*carried, *parts) if part.state is PartState.ACCEPTED]
+    accepted.sort(key=lambda part: part.site)  # of one site's two the older stays first
     if round_.kind is not RoundKind.TEST and len(accepted) < job.quorum:
-        _fail(services, owner, job, round_, no_quorum(job, round_, parts), outliers, verdicts)
+        _fail(services, owner, job, round_, no_quorum(job, round_, parts, carried), outliers, verdicts)
         return None
     started = time.monotonic()
     model = _make_model(services, job, round_, accepted)
     examples = [part.num_examples or 0 for part in accepted]
     metrics = weighted_metrics([part.metrics for part in accepted], examples)
-    alive = alive_sites(services, job.sites)
+    alive = alive_sites(services, job)
     answered_at = max((part.answered_at for part in parts if part.answered_at), default=round_.created_at)
     seconds = {
         "collecting": (answered_at - round_.created_at).total_seconds(),
@@ -119,7 +126,7 @@ def _settle(services: Services, owner: str, job: Job, round_: Round, parts: Sequ
         if not closed:
             return None
         for part in outliers:
-            set_aside(connection, part, verdicts[part.site])
+            set_aside(connection, part, verdicts[part.task_id])
         if model is not None and round_.kind is not RoundKind.START:
             add_model(connection, model)
         if model is not None and round_.kind is not RoundKind.SWAG:
@@ -127,26 +134,40 @@ def _settle(services: Services, owner: str, job: Job, round_: Round, parts: Sequ
         if round_.kind is RoundKind.TEST and round_.input_model_id and metrics:
             set_metrics(connection, round_.input_model_id, metrics)
         _remove_unwilling(connection, job, round_, parts)
+        if round_.kind is not RoundKind.START:
+            note_answers(connection, job, [*carried, *parts])
         job = get_job(connection, job.job_id)
-        following = plan_next(connection, job, Step(kind=round_.kind, number=round_.number), alive=alive)
+        last = Step(kind=round_.kind, number=round_.number)
+        stale = let_stale_go(connection, job, last)
+        following = plan_next(connection, job, last, alive=alive, choosers=services.settings.choosers)
+    if stale:
+        cancel_parts(services, stale, services.settings.reference_seconds)
     logger.info(
         "Closed %s of job %s with %s of %s sites.",
         round_.title,
         job.name,
         len(accepted),
-        len(parts),
+        len(parts) + len(carried),
         extra={"action": "close_round", "job": job.job_id, "round": round_.round_id, "metrics": metrics},
     )
     return following
 
 
+def _judged(parts: Sequence[Part], verdicts: Mapping[str, str]) -> list[Part]:
+    """Return the parts, with those that there is a verdict on as quarantined."""
+    return [
+        replace(part, state=PartState.QUARANTINED, reason=verdicts[part.task_id]) if part.task_id in verdicts else part
+        for part in parts
+    ]
+
+
 def _outliers(job: Job, parts: Sequence[Part]) -> dict[str, str]:
-    """Return why an update must not be aggregated, by site.
+    """Return why an update must not be aggregated, by the task id of its part.
 
     It is found from what the gate has recorded, so that whoever takes the round up after a crash finds the same.
     """
     distances = {
-        part.site: (part.update_norm, part.global_norm or 0.0)
+        part.task_id: (part.update_norm, part.global_norm or 0.0)
         for part in parts
         if part.state is PartState.ACCEPTED and part.update_norm is not None and not part.released
     }
@@ -215,6 +236,7 @@ def _remove_unwilling(connection: Connection, job: Job, round_: Round, parts: Se
     for part in parts:
         if part.state is PartState.DECLINED:
             add_notices(connection, Kind.CLIENT_REMOVED, job.job_id, (part.site,), part.reason)
+            set_left(connection, job, part.site, f"it declined the start: {part.reason}")
     removed = {part.site for part in parts if part.state is PartState.DECLINED}
     if removed:
         left = [site for site in job.sites if site not in removed]
@@ -235,15 +257,23 @@ def _fail(
         if not close_round(connection, round_.round_id, owner, RoundState.FAILED, reason=reason):
             return
         for part in outliers:
-            set_aside(connection, part, verdicts[part.site])
+            set_aside(connection, part, verdicts[part.task_id])
         finish(connection, job, JobState.FAILED, reason)
     logger.error(
         "Job %s failed: %s", job.name, reason, extra={"action": "fail_job", "job": job.job_id, "round": round_.round_id}
     )
 
 
-def no_quorum(job: Job, round_: Round, parts: Sequence[Part]) -> str:
+def _too_often() -> str:
+    return (
+        f"it was begun {_MOST_CLAIMS} times, and each time the process ended, perhaps for want of memory; look at the "
+        "coordinator's log and the machine, and submit the job again from its last model."
+    )
+
+
+def no_quorum(job: Job, round_: Round, parts: Sequence[Part], carried: Sequence[Part] = ()) -> str:
     """Return why the round cannot count: who answered what."""
+    parts = [*parts, *carried]
     accepted = sum(part.state is PartState.ACCEPTED for part in parts)
     others = "; ".join(
         f"{part.site} {part.state}: {part.reason.rstrip('.')}" for part in parts if part.state is not PartState.ACCEPTED

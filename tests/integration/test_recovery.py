@@ -12,14 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import update
 
 from common.broker import connect
 from common.errors import BrokerUnavailable, Conflict
@@ -28,17 +26,18 @@ from common.queues import site_queue
 from common.settings import Settings
 from coordinator import closing, submitting
 from coordinator.aggregation import shares
+from coordinator.asking import Asking
 from coordinator.jobs import JobState, add_job, get_job, new_job
+from coordinator.parts import find_parts, leave_parts
 from coordinator.planning import plan_next
 from coordinator.progress import job_progress
-from coordinator.rounds import RoundKind, claim_round, drop_waiting
+from coordinator.rounds import claim_round
+from coordinator.states import PartState, RoundKind
 from coordinator.submitting import submit
-from coordinator.sweeper import Asked
 from store.database import reading, writing
 from store.models import find_models
-from store.tables import rounds, utc_now
 from tests.contract.postgres import PostgresServer
-from tests.federation import Federation, Tensors, federation, wait_until
+from tests.federation import Federation, Tensors, federation, heartbeat, wait_until
 from tests.servers import valkey
 
 NAMES = ("alpha", "beta", "gamma")
@@ -187,7 +186,12 @@ def test_a_round_that_was_planned_but_never_sent_is_sent(three_sites: Federation
     job = new_job(three_sites.spec(rounds=ROUNDS), sites=NAMES, model_id=None, submitted_by="test")
     with writing(services.engine) as connection:
         add_job(connection, job)
-        assert plan_next(connection, get_job(connection, job.job_id), None, alive=frozenset(NAMES)) is not None
+        assert (
+            plan_next(
+                connection, get_job(connection, job.job_id), None, alive=dict.fromkeys(NAMES, heartbeat(("constant",)))
+            )
+            is not None
+        )
     with three_sites.coordinator(), ExitStack() as stack:
         serve_all(three_sites, stack)
         three_sites.wait(job.job_id, "completed", "failed")
@@ -231,7 +235,7 @@ def test_an_abort_and_the_end_of_a_round_do_not_wait_for_each_other(
         closing.start_job(services, job.job_id)
         (round_,) = job_progress(services, job.job_id).rounds
         with writing(services.engine) as connection:
-            drop_waiting(connection, round_.round_id, "test")
+            leave_parts(connection, find_parts(connection, round_.round_id), PartState.DROPPED, "test")
         with ThreadPoolExecutor(2) as pool:
             settled = pool.submit(closing.settle_round, services, round_.round_id)
             aborted = pool.submit(submitting.abort, services, job.job_id, "test")
@@ -247,17 +251,15 @@ def test_a_site_that_never_answers_is_asked_ever_more_rarely(
     services = three_sites.services
     job = submit(services, three_sites.spec(sites=("alpha",), round_deadline_seconds=3600))
     closing.start_job(services, job.job_id)
-    long_ago = utc_now() - timedelta(hours=1)
-    with writing(services.engine) as connection:
-        connection.execute(update(rounds).values(published_at=long_ago))
-    asked, times = Asked(), []
+    asking, times = Asking(), []
+    heartbeats = read_heartbeats(services.broker, ["alpha"])
     for second in range(200):
         services.broker.delete(site_queue("alpha"))
-        monkeypatch.setattr("coordinator.sweeper.time.monotonic", lambda second=second: float(second))
-        asked.ask_again(services)
+        monkeypatch.setattr("coordinator.asking.time.monotonic", lambda second=second: float(second))
+        asking.ask_again(services, job_progress(services, job.job_id).parts, heartbeats)
         if services.broker.llen(site_queue("alpha")):
             times.append(second)
-    assert times == [0, 1, 3, 7, 15, 31, 63, 127]
+    assert times == [1, 2, 4, 8, 16, 32, 64, 128]
 
 
 def test_a_process_may_open_as_many_files_as_a_round_has_updates() -> None:

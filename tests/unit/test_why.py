@@ -11,8 +11,10 @@ from common.settings import Settings
 from coordinator.jobfile import JobSpec
 from coordinator.jobs import JobState, new_job
 from coordinator.owing import clock, next_asking
-from coordinator.rounds import Part, PartState, Round, RoundKind, RoundState
+from coordinator.parts import Part
+from coordinator.rounds import Round
 from coordinator.situation import Lease, Situation, Unsent
+from coordinator.states import PartState, RoundKind, RoundState
 from coordinator.why import Explanation, explain
 from store.parties import PartyInfo
 
