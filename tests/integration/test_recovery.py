@@ -26,7 +26,7 @@ from common.errors import BrokerUnavailable, Conflict
 from common.heartbeats import read_heartbeats
 from common.queues import site_queue
 from common.settings import Settings
-from coordinator import closing, submitting
+from coordinator import closing, combining, submitting
 from coordinator.aggregation import shares
 from coordinator.jobs import JobState, add_job, get_job, new_job
 from coordinator.planning import plan_next
@@ -264,7 +264,7 @@ def test_a_process_may_open_as_many_files_as_a_round_has_updates() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
-        closing._allow_open_files(512)
+        combining._allow_open_files(512)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (512, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

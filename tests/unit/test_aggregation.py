@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator import aggregation
-from coordinator.aggregation import aggregate, shares, weighted_metrics
+from coordinator.aggregation import Contribution, aggregate, shares, weighted_metrics
 from coordinator.strategies import STRATEGIES
 from coordinator.strategies.base import Strategy
 from coordinator.strategies.fedavg import FedAvg
@@ -35,8 +35,11 @@ class InMemory:
 
 def combine(updates: list[Tensors], examples: list[int], strategy: Strategy | None = None, **options: Any) -> Tensors:
     target = InMemory({name: np.zeros_like(tensor) for name, tensor in updates[0].items()})
-    sources = [InMemory(update) for update in updates]
-    aggregate(strategy or FedAvg(), schema_of(updates[0]), sources, examples, target, **options)
+    contributions = [
+        Contribution(update=InMemory(update), num_examples=count)
+        for update, count in zip(updates, examples, strict=True)
+    ]
+    aggregate(strategy or FedAvg(), schema_of(updates[0]), contributions, target, **options)
     return target.tensors
 
 
