@@ -13,7 +13,7 @@ from coordinator.strategies.optimizer import ServerOptimizer
 class AdaptiveOptimizer(ServerOptimizer):
     """Step by server_learning_rate times first / (sqrt(second) + tau), of the change's two moments.
 
-    Both begin at zero and neither is corrected for it, as in the paper's algorithm.
+    Both begin at zero, and neither is corrected for that.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("first", "second")
