@@ -31,6 +31,7 @@ from store.opening import open_blob_store
 
 RECOMPUTED_KINDS = ("global", "moments")  # what a round makes of updates
 _MEGABYTE = 2**20
+_MOST_DISCOUNT = 1000  # of staleness, as an exponent; by far
 
 
 class Result(StrEnum):
@@ -256,17 +257,27 @@ def _recipe(
     return replace(
         recipe,
         staleness=staleness,
-        discount=float(model.model_meta.get("discount", 0.0)),
+        discount=_discount(model, hashing),
         bases={base_id: base for base_id, base in bases.items() if base is not None},
         current=current,
         before=before,
     )
 
 
+def _discount(model: ModelInfo, hashing: _Hashing) -> float:
+    """Return the discount that the model's record names, 0 if it names none; note one that nobody can have used."""
+    recorded = model.model_meta.get("discount", 0.0)
+    if not isinstance(recorded, int | float) or not 0 <= recorded <= _MOST_DISCOUNT:
+        hashing.different.append(f"The model's record names the discount {str(recorded)[:80]!r}, which is none.")
+        return 0.0
+    return recorded
+
+
 def _kept(services: Services, store: BlobStore, model: ModelInfo, hashing: _Hashing) -> ModelInfo | None:
     """Return what the optimizer has kept with the model, its blobs hashed; note it if that is missing or another."""
-    recorded = model.model_meta.get(OPTIMIZER) or {}
-    found = _needed(services, store, recorded.get("model_id", ""), "what the optimizer keeps", hashing)
+    named = model.model_meta.get(OPTIMIZER)
+    recorded = named if isinstance(named, dict) else {}
+    found = _needed(services, store, str(recorded.get("model_id", "")), "what the optimizer keeps", hashing)
     if found is not None and found.index_hash != recorded.get("digest"):
         hashing.different.append(
             f"Model {found.model_id} is not what the optimizer kept: its digest is {found.index_hash}, and the model's "

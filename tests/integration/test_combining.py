@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,19 @@ def test_the_model_that_a_late_update_was_trained_from_is_needed_to_verify(runni
     (verdict,) = verify(running.services, model.model_id)
     assert verdict.result is Result.MISSING
     assert verdict.troubles == (f"The model that beta trained ({base.model_id}) was deleted.",)
+
+
+@pytest.mark.parametrize("discount", ["none", -1, 1e9])
+def test_a_discount_that_is_none_is_told(running: Federation, discount: object) -> None:
+    bench = start(running)
+    late = bench.update("beta", 1, 4, 8)
+    bench.train(1, 1, 1)
+    made = bench.make(2, late)
+    forged = replace(made.model, model_meta={**made.model.model_meta, "discount": discount})
+    model = bench.go_on(replace(made, model=forged))
+    (verdict,) = verify(running.services, model.model_id)
+    assert verdict.result is Result.DIFFERENT
+    assert "names the discount" in verdict.troubles[0]
 
 
 def test_the_optimizers_state_goes_on_from_round_to_round(running: Federation) -> None:
