@@ -1,10 +1,9 @@
 """The chord's callback: put a round's answers together, record what came of it, plan and send the next round."""
 
 import logging
-import resource
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -13,13 +12,13 @@ from sqlalchemy import Connection
 from common.errors import Conflict, FedChordError, Unavailable
 from common.heartbeats import Heartbeat, read_heartbeats
 from common.queues import Kind
-from coordinator.aggregation import aggregate, weighted_metrics
+from coordinator.aggregation import weighted_metrics
+from coordinator.combining import make_model
 from coordinator.dispatch import publish_round, send_notices
 from coordinator.jobs import LIVE, Job, JobState, change_job, get_job, lock_job
 from coordinator.lease import held_round
 from coordinator.letting_go import cancel_parts
 from coordinator.members import note_answers, set_left
-from coordinator.model_weights import model_weights
 from coordinator.norms import find_outliers
 from coordinator.outbox import add_notices
 from coordinator.parts import Part, find_carried, find_parts
@@ -29,11 +28,8 @@ from coordinator.rounds import Round, close_round, forgive_claim, get_round
 from coordinator.services import Services
 from coordinator.states import PartState, RoundKind, RoundState
 from store.database import reading, writing
-from store.index import Weights
-from store.models import ModelInfo, ModelState, add_model, get_models, set_metrics
+from store.models import add_model, set_metrics
 from store.parties import sites as enrolled_sites
-from store.pieces import WeightsReader, WeightsWriter
-from store.tables import utc_now
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +99,7 @@ def _settle(
         _fail(services, owner, job, round_, no_quorum(job, round_, parts, carried), outliers, verdicts)
         return None
     started = time.monotonic()
-    model = _make_model(services, job, round_, accepted)
+    made = make_model(services, job, round_, accepted)
     examples = [part.num_examples or 0 for part in accepted]
     metrics = weighted_metrics([part.metrics for part in accepted], examples)
     alive = alive_sites(services, job)
@@ -119,7 +115,7 @@ def _settle(
             round_.round_id,
             owner,
             RoundState.CLOSED,
-            output_model_id=model.model_id if model else None,
+            output_model_id=made.model.model_id if made else None,
             metrics=metrics,
             seconds=seconds,
         )
@@ -127,10 +123,11 @@ def _settle(
             return None
         for part in outliers:
             set_aside(connection, part, verdicts[part.task_id])
-        if model is not None and round_.kind is not RoundKind.START:
-            add_model(connection, model)
-        if model is not None and round_.kind is not RoundKind.SWAG:
-            change_job(connection, job.job_id, expected=LIVE, model_id=model.model_id)
+        if made is not None and round_.kind is not RoundKind.START:
+            for each in (*made.also, made.model):
+                add_model(connection, each)
+        if made is not None and round_.kind is not RoundKind.SWAG:
+            change_job(connection, job.job_id, expected=LIVE, model_id=made.model.model_id)
         if round_.kind is RoundKind.TEST and round_.input_model_id and metrics:
             set_metrics(connection, round_.input_model_id, metrics)
         _remove_unwilling(connection, job, round_, parts)
@@ -172,61 +169,6 @@ def _outliers(job: Job, parts: Sequence[Part]) -> dict[str, str]:
         if part.state is PartState.ACCEPTED and part.update_norm is not None and not part.released
     }
     return find_outliers(distances, job.spec.gate.outlier_score)
-
-
-def _make_model(services: Services, job: Job, round_: Round, accepted: Sequence[Part]) -> ModelInfo | None:
-    """Return the model that came of the round: aggregated, or built by a site; None after a test."""
-    if round_.kind is RoundKind.TEST:
-        return None
-    with reading(services.engine) as connection:
-        updates = get_models(connection, [part.model_id for part in accepted if part.model_id is not None])
-    if round_.kind is RoundKind.START:
-        return updates[0] if updates else None
-    weights = aggregate_updates(services, job, updates)
-    kind = "moments" if round_.kind is RoundKind.SWAG else "global"
-    return ModelInfo(
-        store=job.model_store,
-        model_kind=kind,
-        model_description=f"{job.name}: {kind} after {round_.title}",
-        model_meta={
-            "trainer": job.spec.trainer,
-            "strategy": job.spec.strategy.model_dump(),
-            "sites": [update.site for update in updates],
-        },
-        model_state=ModelState.AGGREGATED,
-        model_hash=weights.index.digest,
-        index_hash=weights.index.digest,
-        model_size=weights.size,
-        round=round_.number,
-        start_datetime=round_.created_at,
-        end_datetime=utc_now(),
-        parents=tuple(id_ for id_ in (round_.input_model_id, *(update.model_id for update in updates)) if id_),
-        job_id=job.job_id,
-        num_examples=sum(update.num_examples or 0 for update in updates),
-        metrics=weighted_metrics([part.metrics for part in accepted], [part.num_examples or 0 for part in accepted]),
-        shards=weights.shards,
-    )
-
-
-def aggregate_updates(services: Services, job: Job, updates: Sequence[ModelInfo]) -> Weights:
-    """Store what the job's strategy makes of the updates, in bounded pieces and in their order; return it."""
-    weights = [model_weights(services.blobs, update) for update in updates]
-    schema = weights[0].schema
-    examples = [update.num_examples or 0 for update in updates]
-    _allow_open_files(2 * len(weights) + 256)  # each update's shard, and the next one while threads are between the two
-    with ExitStack() as stack:
-        sources = [stack.enter_context(WeightsReader(services.blobs, each)) for each in weights]
-        target = stack.enter_context(WeightsWriter(services.blobs, schema, services.settings.shard_bytes))
-        aggregate(job.spec.strategy.make(), schema, sources, examples, target)
-        return target.finish()
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise this process's own limit of open files if it is lower and the system lets us."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < count and soft != resource.RLIM_INFINITY:
-        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _remove_unwilling(connection: Connection, job: Job, round_: Round, parts: Sequence[Part]) -> None:

@@ -27,6 +27,8 @@ _STYLES = {
     PartState.DECLINED: "magenta",
     PartState.FAILED: "red",
     PartState.DROPPED: "red",
+    PartState.LATE: "yellow",
+    PartState.KEPT: "green",
 }
 
 
