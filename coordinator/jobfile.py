@@ -227,7 +227,8 @@ def _explain(error: ValidationError, place: Callable[[tuple[str, ...]], str]) ->
     lines = []
     for problem in error.errors(include_url=False)[:_SHOWN_PROBLEMS]:
         field = tuple(part for part in problem["loc"] if isinstance(part, str))
-        words = _WORDS.get(problem["type"]) or f"{problem['msg']}, not {_shorten(repr(problem['input']))}"
+        given = "" if isinstance(problem["input"], dict) else f", not {_shorten(repr(problem['input']))}"
+        words = _WORDS.get(problem["type"]) or f"{problem['msg']}{given}"
         if not field:  # a rule about several fields
             lines.append(f"{place(())}{problem['msg'].removeprefix('Value error, ')}")
             continue
