@@ -324,13 +324,13 @@ def test_a_store_that_is_away_for_a_while_is_waited_for_and_both_are_said_once(
 ) -> None:
     caplog.set_level(logging.INFO)
     (tmp_path / "file").write_bytes(DATA)
-    script.answers = [*[cut] * 5, *[status(503)] * 5, send() if down else status(200)]
+    script.answers = [*[cut] * 3, *[status(503)] * 3, send() if down else status(200)]
     with Transfer(shared_folder=None, timeout_seconds=0.5, patience_seconds=30, pause_seconds=0.01) as transfer:
         if down:
             assert transfer.fetch(script.url, BLOB, tmp_path / "site").read_bytes() == DATA
         else:
             transfer.upload(tmp_path / "file", script.url)
-    assert len(script.asked) == 11
+    assert len(script.asked) == 7
     assert actions(caplog) == ["store_away", "store_back"]
 
 
