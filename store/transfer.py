@@ -58,17 +58,19 @@ class Transfer:
             blocksize=BLOCK_BYTES,
         )
 
-    def fetch(self, url: str, blob: Blob, folder: Path, *, watch: Watch = _watch_nothing) -> Path:
-        """Return a verified read-only file of the blob in the folder, named by its digest.
+    def fetch(
+        self, url: str, blob: Blob, folder: Path, *, name: str | None = None, watch: Watch = _watch_nothing
+    ) -> Path:
+        """Return a verified read-only file of the blob in the folder; its name is the digest unless another is given.
 
         A file that is there already is verified and used. A download that is cut for good leaves what came as
-        `.<digest>.part`, and the next one, of this process or another, goes on from there. On the store's own disk
+        `.<name>.part`, and the next one, of this process or another, goes on from there. On the store's own disk
         nothing is copied: the file is the blob's own, under one more name. Raise NotFound, StoreUnavailable (also when
         the bytes are not the blob's), DiskFull, InvalidInput for a reference that is not allowed, or what the watch
         raises.
         """
         source = self._local_path(url)
-        path = folder / blob.digest
+        path = folder / (name or blob.digest)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if path.exists() and hash_file(path) == blob:
@@ -136,7 +138,7 @@ class Transfer:
 
     def _download(self, url: str, blob: Blob, path: Path, watch: Watch) -> None:
         """Make the path a file with the blob's bytes, and leave what has come if that ends before it is whole."""
-        begun = path.with_name(f".{blob.digest}.part")
+        begun = path.with_name(f".{path.name}.part")
         file = open_alone(begun)
         if file is None:  # another process is at it, and we do not wait for it
             begun = _temporary(path)

@@ -7,34 +7,34 @@ from pathlib import Path
 from common.messages import Shard
 from store.blobs import Blob, disk_errors, hash_file
 from worker.jobs import Part
-from worker.part_folders import PartFolders
+from worker.part_files import PartFiles
 
 logger = logging.getLogger(__name__)
 
 _ANSWER = "answer"  # the sealed answer that tells of the update
 
 
-class Outgoing(PartFolders):
-    """The updates that are on their way: in each part's folder the answer, and its shards by their position.
+class Outgoing(PartFiles):
+    """The updates that are on their way: of each part the answer, and its shards by their position.
 
     The files are not forced to the disk; what a power cut has damaged is noticed, and the part is done again.
     """
 
-    def keep(self, part: Part, folder: Path, shards: Sequence[Path], answer: bytes) -> None:
-        """Take over the shards' files, which lie in the folder, together with the answer: all of it or nothing."""
-        target = self.path(part)
-        with disk_errors(target):
-            for position, path in enumerate(shards):
-                path.replace(folder / str(position))
-            (folder / _ANSWER).write_bytes(answer)
-            target.parent.mkdir(parents=True, exist_ok=True)
+    def keep(self, part: Part, shards: Sequence[Path], answer: bytes) -> None:
+        """Take over the files of the shards and, as the last step, which makes all of it count, the answer."""
+        with disk_errors(self.folder):
             self.forget(part)
-            folder.rename(target)
+            for position, path in enumerate(shards):
+                path.replace(self.shard(part, position))
+            target = self.path(part, _ANSWER)
+            temporary = target.with_name(f".{target.name}")
+            temporary.write_bytes(answer)
+            temporary.replace(target)
 
     def find(self, part: Part) -> bytes | None:
         """Return the answer that was kept with the part's update, if there is one."""
         try:
-            return (self.path(part) / _ANSWER).read_bytes()
+            return self.path(part, _ANSWER).read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -51,7 +51,7 @@ class Outgoing(PartFolders):
 
     def shard(self, part: Part, position: int) -> Path:
         """Return the file of a shard."""
-        return self.path(part) / str(position)
+        return self.path(part, str(position))
 
     def is_sent(self, part: Part, position: int) -> bool:
         """Return whether the shard has arrived where this attempt's references lead."""
@@ -59,8 +59,8 @@ class Outgoing(PartFolders):
 
     def note_sent(self, part: Part, position: int) -> None:
         """Note that the shard has arrived."""
-        with disk_errors(self.path(part)):
+        with disk_errors(self.folder):
             self._mark(part, position).touch()
 
     def _mark(self, part: Part, position: int) -> Path:
-        return self.path(part) / f"{position}.sent.{part.attempt}"
+        return self.path(part, f"{position}.sent.{part.attempt}")

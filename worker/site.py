@@ -37,7 +37,7 @@ from worker.answers import REASON_CHARACTERS, clean_metrics, count_examples, dec
 from worker.jobs import Jobs, Part, prepare_jobs
 from worker.leases import Lease, Leases, prepare_leases
 from worker.outgoing import Outgoing
-from worker.part_folders import PartFolders, prepare_part_folders
+from worker.part_files import PartFiles
 from worker.progress import Progress
 from worker.receipts import KEEP_SECONDS, Receipts, forget_old_receipts, prepare_receipts
 from worker.reports import Reports
@@ -68,8 +68,17 @@ def prepare_site(settings: Settings) -> None:
     prepare_receipts(settings.site_folder / _RECEIPTS)
     prepare_jobs(settings.site_folder / _JOBS)
     prepare_leases(settings.site_folder / _LEASES)
-    prepare_part_folders(settings.site_folder / _FETCHED, keep_seconds=_KEEP_FETCHED_SECONDS)
-    prepare_part_folders(settings.site_folder / _OUTGOING, keep_seconds=KEEP_SECONDS)
+    _fetched(settings).prepare()
+    _outgoing(settings).prepare()
+
+
+def _fetched(settings: Settings) -> PartFiles:
+    """Return what has come of the models of the parts at work."""
+    return PartFiles(settings.site_folder / _FETCHED, keep_seconds=_KEEP_FETCHED_SECONDS)
+
+
+def _outgoing(settings: Settings) -> Outgoing:
+    return Outgoing(settings.site_folder / _OUTGOING, keep_seconds=KEEP_SECONDS)
 
 
 class Site:
@@ -95,8 +104,8 @@ class Site:
         self._scratch = settings.site_folder / _SCRATCH
         self._receipts = Receipts(settings.site_folder / _RECEIPTS)
         self._leases = Leases(settings.site_folder / _LEASES)
-        self._fetched = PartFolders(settings.site_folder / _FETCHED)
-        self._outgoing = Outgoing(settings.site_folder / _OUTGOING)
+        self._fetched = _fetched(settings)
+        self._outgoing = _outgoing(settings)
         self._jobs = Jobs(
             site=settings.site_name,
             data=settings.site_data,
@@ -256,21 +265,20 @@ class Site:
         for shard in model.shards:
             watch = progress.watch(0.0, "fetching the model", before=before, total=total)
             blob = Blob(digest=shard.digest, size=shard.size)
-            paths.append(self._transfer.fetch(shard.url, blob, self._fetched.path(part), watch=watch))
+            name = self._fetched.name(part, shard.digest)
+            paths.append(self._transfer.fetch(shard.url, blob, self._fetched.folder, name=name, watch=watch))
             before += shard.size
         return _read_model(model, paths)
 
     def _keep_outgoing(self, part: _Upload, answer: UpdateReady, tensors: Tensors, begun: float) -> UpdateReady:
         """Write the tensors as shards and keep them; return the answer that tells of them."""
-        with scratch_folder(self._scratch) as scratch:
-            folder = scratch / _OUTGOING
-            folder.mkdir()
+        with scratch_folder(self._scratch) as folder:
             written = write_weights(folder, check_tensors(tensors), part.shard_bytes)
             _check_references(part, len(written))
             shards = tuple(Shard(digest=blob.digest, size=blob.size) for _, blob in written)
             seconds = round(time.monotonic() - begun, 6)
             answer = answer.model_copy(update={"shards": shards, "seconds": seconds})
-            self._outgoing.keep(part, folder, [path for path, _ in written], self._seal(answer))
+            self._outgoing.keep(part, [path for path, _ in written], self._seal(answer))
         return answer
 
     def _find_outgoing(self, part: Part) -> UpdateReady | None:
@@ -298,7 +306,8 @@ class Site:
             if not self._outgoing.is_sent(part, position):
                 watch = progress.watch(1.0, "sending the update", before=before, total=total)
                 self._transfer.upload(self._outgoing.shard(part, position), url, watch=watch)
-                self._outgoing.note_sent(part, position)
+                if position < len(shards) - 1:  # after the last one comes the receipt
+                    self._outgoing.note_sent(part, position)
             before += shard.size
 
     # --- the end of a job ----------------------------------------------------------------------------------------
@@ -313,8 +322,9 @@ class Site:
         except (Exception, SystemExit):  # a trainer is other people's code; the job is over all the same
             logger.exception("The trainer did not finish.", extra={"action": "finish_job", **extra})
         self._jobs.forget(message.job_id)
-        self._fetched.forget_job(message.job_id)
-        self._outgoing.forget_job(message.job_id)
+        for files in (self._fetched, self._outgoing):
+            files.forget_job(message.job_id)
+            files.forget_old()
         forget_old_receipts(self._receipts.folder)
         logger.info("The job has ended for this site.", extra={"action": "finish_job", **extra})
 

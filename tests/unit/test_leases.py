@@ -1,4 +1,4 @@
-"""Leases of parts, and the folders in which parts leave what is to survive a process."""
+"""Leases of parts, and the files with which parts survive a process."""
 
 import os
 import time
@@ -10,7 +10,7 @@ import pytest
 from common.errors import StoreUnavailable
 from common.messages import TrainingStart
 from worker.leases import Leases, prepare_leases
-from worker.part_folders import PartFolders, prepare_part_folders
+from worker.part_files import PartFiles
 from worker.receipts import KEEP_SECONDS
 
 
@@ -69,25 +69,36 @@ def test_leases_that_no_message_can_be_about_are_forgotten_at_the_start(folder: 
     assert [path.name for path in folder.iterdir()] == ["new"]
 
 
-def test_what_was_left_in_a_part_s_folder_is_removed_when_nothing_in_it_is_new(tmp_path: Path) -> None:
-    folders = PartFolders(tmp_path)
-    long_ago = time.time() - 3600
-    for task_id, newest in (("old", long_ago), ("new", time.time())):
-        path = folders.path(part(task_id=task_id))
-        path.mkdir(parents=True)
-        (path / "file").touch()
-        os.utime(path / "file", (newest, newest))
-        os.utime(path, (long_ago, long_ago))
-    prepare_part_folders(tmp_path, keep_seconds=1800)
-    assert [path.name for path in (tmp_path / "job").iterdir()] == ["new"]
+@pytest.mark.parametrize(("later_seconds", "left"), [(1700, ["task@file"]), (1900, [])])
+def test_what_a_part_has_left_is_removed_when_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later_seconds: float, left: list[str]
+) -> None:
+    files = PartFiles(tmp_path / "files", keep_seconds=1800)
+    files.prepare()
+    path = files.path(part(), "file")
+    path.touch()
+    os.utime(path, (0, 0))  # as a file that was linked from the store, which has it for long
+    now = time.time() + later_seconds
+    monkeypatch.setattr(time, "time", lambda: now)
+    files.prepare()
+    assert [path.name for path in files.folder.iterdir()] == left
 
 
-def test_a_part_s_folder_and_a_job_s_are_forgotten(tmp_path: Path) -> None:
-    folders = PartFolders(tmp_path)
-    for task_id in ("one", "two"):
-        folders.path(part(task_id=task_id)).mkdir(parents=True)
-    folders.forget(part(task_id="one"))
-    folders.forget(part(task_id="one"))
-    assert [path.name for path in (tmp_path / "job").iterdir()] == ["two"]
-    folders.forget_job("job")
-    assert list(tmp_path.iterdir()) == []
+def test_a_part_s_files_and_a_job_s_are_forgotten(tmp_path: Path) -> None:
+    files = PartFiles(tmp_path, keep_seconds=1800)
+    for task_id in ("job.1", "job.10", "job.2", "job2.1"):
+        files.path(part(task_id=task_id), "file").touch()
+        (tmp_path / f".{files.name(part(task_id=task_id), 'begun')}").touch()
+    files.forget(part(task_id="job.1"))
+    files.forget(part(task_id="job.1"))
+    assert {path.name.removeprefix(".").partition("@")[0] for path in tmp_path.iterdir()} == {
+        "job.10",
+        "job.2",
+        "job2.1",
+    }
+    files.forget_job("job")
+    assert {path.name for path in tmp_path.iterdir()} == {"job2.1@file", ".job2.1@begun"}
+
+
+def test_files_in_a_folder_that_is_gone_are_forgotten(tmp_path: Path) -> None:
+    PartFiles(tmp_path / "gone", keep_seconds=1800).forget(part())

@@ -231,7 +231,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     for folder in (tmp_path / "state" / "scratch").iterdir():
         assert list(folder.iterdir()) == []  # whatever happened, nothing of a part stays
     for name in ("fetched", "outgoing"):
-        assert list((tmp_path / "state" / name).glob("*/*")) == []
+        assert list((tmp_path / "state" / name).iterdir()) == []
 
 
 # --- parts that are done ----------------------------------------------------------------------------------------------
@@ -394,11 +394,11 @@ def test_an_update_that_was_trained_for_an_earlier_attempt_is_sent_whole_to_wher
 def test_an_update_that_was_damaged_before_it_was_sent_is_trained_again(bench: Bench, damage: str) -> None:
     part = part_of_two_shards(bench, "slot")
     killed_while_it_sends(bench, part, sent=0)
-    kept = bench.folder / "state" / "outgoing" / "job" / "task"
+    kept = bench.folder / "state" / "outgoing"
     if damage == "missing":
-        (kept / "1").unlink()
+        (kept / "task@1").unlink()
     else:
-        file = kept / ("1" if damage == "shard" else "answer")
+        file = kept / ("task@1" if damage == "shard" else "task@answer")
         file.chmod(0o644)
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     answer = bench.ask(part)
@@ -414,9 +414,13 @@ def test_an_update_that_comes_too_late_to_be_sent_is_dropped(bench: Bench) -> No
 
 
 def test_the_end_of_a_job_drops_updates_that_nobody_will_ask_for(bench: Bench) -> None:
-    killed_while_it_sends(bench, part_of_two_shards(bench, "slot"), sent=1)
+    killed_while_it_sends(bench, part_of_two_shards(bench, "slot", task_id="job.train.1.alpha"), sent=1)
+    outgoing = bench.folder / "state" / "outgoing"
+    assert len(list(outgoing.iterdir())) == 4  # the answer, two shards, and the note that one has arrived
+    bench.site().handle(bench.seal(TrainingFinished(job_id="jo", state="aborted")), "celery-id")
+    assert len(list(outgoing.iterdir())) == 4
     bench.site().handle(bench.seal(TrainingFinished(job_id="job", state="aborted")), "celery-id")
-    assert not (bench.folder / "state" / "outgoing" / "job").exists()
+    assert list(outgoing.iterdir()) == []
 
 
 def test_a_copy_of_a_part_that_is_in_hand_is_dropped(
@@ -731,3 +735,19 @@ def test_a_start_removes_what_dead_processes_and_old_jobs_left(bench: Bench) -> 
     prepare_site(bench.settings)
     assert [folder.name for folder in (state / "scratch").iterdir()] == [str(os.getpid())]
     assert [folder.name for folder in (state / "jobs").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(("days", "kept"), [(0.9, ["fetched", "outgoing"]), (1.1, ["outgoing"]), (7.1, [])])
+def test_what_was_fetched_is_kept_for_a_day_and_what_was_trained_for_as_long_as_a_message_may_ask(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, days: float, kept: list[str]
+) -> None:
+    state = bench.folder / "state"
+    for folder in ("fetched", "outgoing"):
+        (state / folder / "left@0").touch()
+    now = time.time() + days * 24 * 3600
+    monkeypatch.setattr(time, "time", lambda: now)
+    prepare_site(bench.settings)
+    left = [path for folder in ("fetched", "outgoing") for path in (state / folder).iterdir()]
+    assert [path.parent.name for path in left] == kept
+    for path in left:
+        path.unlink()
