@@ -506,6 +506,16 @@ def test_a_clock_that_jumps_does_not_end_a_part(bench: Bench, monkeypatch: pytes
     assert isinstance(bench.ask(bench.part(UpdateRoundStart)), UpdateReady)
 
 
+@pytest.mark.parametrize("folder", ["outgoing", "leases"])
+def test_a_disk_that_takes_nothing_fails_the_part_and_the_next_one_is_done(bench: Bench, folder: str) -> None:
+    site = bench.site()
+    (bench.folder / "state" / folder).rmdir()
+    answer = bench.ask(bench.part(UpdateRoundStart), site=site)
+    assert (answer.failed, "No such file or directory" in answer.reason) == (True, True)
+    (bench.folder / "state" / folder).mkdir()
+    assert isinstance(bench.ask(bench.part(UpdateRoundStart, task_id="next"), site=site), UpdateReady)
+
+
 # --- parts that are declined ------------------------------------------------------------------------------------------
 
 

@@ -104,9 +104,11 @@ def send(
     return answer
 
 
-def status(code: int, body: bytes = b"") -> Callable[[BaseHTTPRequestHandler], None]:
+def status(code: int, body: bytes = b"", **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
     def answer(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(code)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
         if 300 <= code < 400:
             handler.send_header("Location", "http://127.0.0.1:1/elsewhere")
         handler.send_header("Content-Length", str(len(body)))
@@ -332,6 +334,14 @@ def test_a_store_that_is_away_for_a_while_is_waited_for_and_both_are_said_once(
             transfer.upload(tmp_path / "file", script.url)
     assert len(script.asked) == 7
     assert actions(caplog) == ["store_away", "store_back"]
+
+
+def test_a_store_that_asks_for_a_pause_gets_it(script: Script, tmp_path: Path) -> None:
+    script.answers = [status(503, Retry_After="1"), send()]
+    with Transfer(shared_folder=None, timeout_seconds=0.5, patience_seconds=30, pause_seconds=0.01) as transfer:
+        begun = time.monotonic()
+        assert transfer.fetch(script.url, BLOB, tmp_path).read_bytes() == DATA
+    assert 1 <= time.monotonic() - begun < 10
 
 
 def test_a_store_whose_port_is_closed_for_a_while_is_waited_for(tmp_path: Path) -> None:
