@@ -1,6 +1,7 @@
 """Answer the coordinator's messages: check, train, upload, tell. The round is never left guessing."""
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ _SCRATCH, _RECEIPTS, _JOBS, _LEASES, _FETCHED, _OUTGOING = (
     "outgoing",
 )
 _KEEP_FETCHED_SECONDS = 24 * 3600.0  # for a process that was killed to go on from
+_TOLD_TO_END = -(256 - signal.SIGTERM)  # the code with which the pool's processes end when they are told to
 _MAX_BEGINS = 3  # a part whose process ended before it could answer is begun so often
 
 _Upload = TrainingStart | UpdateRoundStart | SwagRoundStart  # parts of which tensors may come
@@ -183,6 +185,8 @@ class Site:
             logger.warning("The part failed: %s", reason, extra={"action": "fail_part", **extra})
             answer = decline(part, reason, failed=True)
         except (Exception, SystemExit) as error:  # a trainer is other people's code, and the round must hear of it
+            if isinstance(error, SystemExit) and error.code == _TOLD_TO_END:  # the next process goes on
+                raise
             logger.exception("The part failed.", extra={"action": "fail_part", **extra})
             answer = decline(part, locate(error), failed=True)
         sealed = self._seal(answer)

@@ -333,13 +333,14 @@ def test_a_site_answers_a_ping_while_it_trains_and_stops_when_the_job_is_cancell
         assert coordinator.receive().reason == "The job was stopped."
 
 
-def test_a_part_whose_process_was_killed_is_done_again(coordinator: Coordinator) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_part_whose_process_was_killed_is_done_again(coordinator: Coordinator, how: signal.Signals) -> None:
     coordinator.hold.touch()
     with run_site(coordinator.folder):
         part = coordinator.part()
         coordinator.send(part)
         wait_for(lambda: len(coordinator.fits()) == 1, seconds=20, what="the training to begin")
-        os.kill(coordinator.fits()[0][0], signal.SIGKILL)
+        os.kill(coordinator.fits()[0][0], how)
         wait_for(lambda: len(coordinator.fits()) == 2, seconds=30, what="the training to begin again")
         coordinator.hold.unlink()
         answer = coordinator.receive()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 import types
@@ -504,6 +505,19 @@ def test_a_clock_that_jumps_does_not_end_a_part(bench: Bench, monkeypatch: pytes
 
     monkeypatch.setattr(Recorder, "fit", fit)
     assert isinstance(bench.ask(bench.part(UpdateRoundStart)), UpdateReady)
+
+
+def test_a_process_that_is_told_to_end_leaves_the_part_to_the_next_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = Recorder.fit
+    monkeypatch.setattr(Recorder, "fit", lambda *_: sys.exit(-(256 - signal.SIGTERM)))  # as its handler does
+    part = bench.part(UpdateRoundStart)
+    with pytest.raises(SystemExit):
+        bench.site().handle(bench.seal(part), "celery-id")
+    assert bench.sent == []
+    monkeypatch.setattr(Recorder, "fit", train)
+    assert isinstance(bench.ask(part), UpdateReady)
 
 
 @pytest.mark.parametrize("folder", ["outgoing", "leases"])
