@@ -144,18 +144,25 @@ class Settings(BaseSettings):
         description='What may run at this site: trainer name = "module:Class". Anything else is declined.',
     )
     site_folder: Path = Field(
-        Path("site-state"), description="Scratch space and the receipts of finished parts; survives restarts."
+        Path("site-state"),
+        description="Scratch space, what is being fetched and sent, and the receipts of finished parts; "
+        "survives restarts.",
     )
     site_slots: int = Field(1, ge=1, description="How many parts the site works on at once, each in its own process.")
     heartbeat_seconds: float = Field(
         2.0,
         gt=0,
-        description="How often a site tells that it is alive; it counts as gone after three times that.",
+        description="How often a site tells that it is alive; it counts as gone after two and a half times that.",
     )
     transfer_timeout_seconds: float = Field(
         60.0, gt=0, description="How long a transfer may go without receiving or sending a byte, in seconds."
     )
-    transfer_attempts: int = Field(8, ge=1, description="How often a transfer is tried before the part fails.")
+    transfer_patience_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="How long a transfer is tried again without one byte of progress before the part fails, in "
+        "seconds; never past the part's deadline.",
+    )
     visibility_timeout_seconds: int = Field(
         8 * 24 * 3600,  # longer than any part takes; what a killed worker held is taken up earlier, at its next start
         ge=1,
