@@ -22,6 +22,7 @@ from coordinator.overdue import find_overdue
 from coordinator.quarantine import keep_quarantine
 from coordinator.rounds import drop_waiting, find_parts, find_waiting
 from coordinator.services import Services, services_of
+from coordinator.stack.old_logs import clean_logs
 from store.database import reading, writing
 from store.garbage import CLEAN_SECONDS, clean
 
@@ -154,6 +155,7 @@ class Sweeper(bootsteps.StartStopStep):
                     next_clean = time.monotonic() + CLEAN_SECONDS  # even if it fails: not every second
                     keep_quarantine(services)
                     clean(services.settings, services.engine, services.blobs)
+                    clean_logs(services.settings)
                 trouble = ""
             except FedChordError as error:
                 if error.message != trouble:  # once, not every second

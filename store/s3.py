@@ -140,13 +140,18 @@ class S3Store:
         elif start == 0 or start < blob.size:  # S3 refuses a range that begins at the end
             yield from self._stream_object(blob, start)
 
-    def delete(self, digest: str) -> bool:
+    def delete(self, digest: str, *, older_than_seconds: float = 0) -> bool:
         """Forget the blob, in the bucket and in this cache."""
-        self._cache.remove(check_digest(digest))
+        before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
         try:
-            self.find(digest)
+            with self._errors(missing=digest):
+                found = self._client.stat_object(self._bucket, _key(check_digest(digest)))
         except NotFound:
+            self._cache.remove(digest)
             return False
+        if older_than_seconds > 0 and found.last_modified and found.last_modified > before:
+            return False
+        self._cache.remove(digest)
         with self._errors():
             self._client.remove_object(self._bucket, _key(digest))
         logger.info("Blob %s was deleted", digest, extra={"action": "blob_deleted"})

@@ -1,0 +1,216 @@
+"""Let the bytes of what jobs have made expire, by age and by size; the records stay.
+
+    the bytes stay ─▶ expired_at is set ─▶ (keep_unused_hours later) `store.garbage` removes the blobs
+
+Both steps can be repeated, and be done by several processes at once. What expires is decided under the lock that
+recording a model, keeping one and submitting a job take too, so nobody can begin to need it meanwhile; and the hours in
+between let a download end, or go on after a cut, that began before.
+
+Never: what a job makes that has not ended, or goes on from; the model that a job has left; what a site may still hold
+references to; what is kept, with all that it comes from; and what no job has made, because people put it there. An
+optimizer's state goes with its global model.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Row, or_, select, update
+
+from common.settings import Settings
+from store.database import reading, writing
+from store.keeping import OPTIMIZER, kept_models, lineage_ids
+from store.model_stores import lock_out_puts
+from store.models import parts_of
+from store.tables import jobs, model_info, rounds, utc_now
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_DAYS = 100 * 365.0  # a time so long ago is before any record; `inf` is none
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Due:
+    """A model whose bytes are to expire, or have just done so."""
+
+    model_id: str
+    model_store_ddc: str
+    model_kind: str
+    job_id: str
+    site: str | None  # that made it
+    round: int
+    bytes: int  # of all its shards
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Limits:
+    """How long, and how much, of one class of models is kept."""
+
+    name: str  # as the settings have it
+    days: float
+    gigabytes: float
+    hold_seconds: float  # after its job has ended, sites may still hold references
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lot:
+    """What expires together: a model, or a global model and the state of its optimizer."""
+
+    members: tuple[Row[Any], ...]  # the first one decides
+    is_final: bool  # a job was left with it, or is at it
+
+    @property
+    def size(self) -> int:
+        return sum(member.model_size for member in self.members)
+
+    def age_days(self, now: datetime) -> float:
+        """Return for how many days it could have been looked at since its job ended."""
+        head = self.members[0]
+        return (now - max(head.created_at, head.finished_at)) / timedelta(days=1)
+
+
+_CANDIDATES = (
+    select(
+        model_info.c.model_id,
+        model_info.c.store,
+        model_info.c.model_kind,
+        model_info.c.job_id,
+        model_info.c.site,
+        model_info.c.round,
+        model_info.c.model_size,
+        model_info.c.created_at,
+        jobs.c.finished_at,
+        OPTIMIZER,
+    )
+    .join(jobs, jobs.c.job_id == model_info.c.job_id)
+    .where(
+        model_info.c.expired_at.is_(None),
+        or_(model_info.c.site.is_not(None), model_info.c.model_kind.in_(("global", "optimizer"))),
+    )
+    .order_by(model_info.c.sequence)
+)
+
+
+def find_due(engine: Engine, settings: Settings) -> list[Due]:
+    """Return what `expire` would let expire now."""
+    with reading(engine) as connection:
+        return _due(connection, settings, lineage_ids(connection, kept_models(connection)), utc_now())
+
+
+def expire(engine: Engine, settings: Settings) -> list[Due]:
+    """Let the bytes expire that are older, or more, than the settings say; return what that was."""
+    with reading(engine) as connection:
+        kept = kept_models(connection)
+        spared = lineage_ids(connection, kept)
+        if not _due(connection, settings, spared, utc_now()):
+            return []
+    with writing(engine) as connection:
+        lock_out_puts(connection)
+        if kept_models(connection) != kept:  # a lineage never changes, so what was read of it still holds
+            spared = lineage_ids(connection, kept_models(connection))
+        now = utc_now()
+        due = _due(connection, settings, spared, now)
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for each in due:
+            by_reason[each.reason].append(each.model_id)
+        for reason, model_ids in by_reason.items():
+            for some in parts_of(model_ids):
+                connection.execute(
+                    update(model_info)
+                    .where(model_info.c.model_id.in_(some))
+                    .values(expired_at=now, expired_reason=reason)
+                )
+    for reason, model_ids in by_reason.items():
+        logger.info("%s models have expired: %s", len(model_ids), reason, extra={"action": "expire_models"})
+    return due
+
+
+def _due(connection: Connection, settings: Settings, spared: set[str], now: datetime) -> list[Due]:
+    rows = connection.execute(_CANDIDATES).all()
+    if not rows:
+        return []
+    final = set(connection.scalars(select(jobs.c.model_id).where(jobs.c.model_id.is_not(None))))
+    companions = {row.model_id: row.optimizer for row in rows if row.optimizer is not None}
+    in_use = final | _inputs(connection)
+    in_use |= {companions[model_id] for model_id in in_use if model_id in companions}
+    updates = _Limits(
+        name="updates", days=settings.keep_updates_days, gigabytes=settings.keep_updates_gigabytes, hold_seconds=0
+    )
+    models = _Limits(
+        name="models",
+        days=settings.keep_models_days,
+        gigabytes=settings.keep_models_gigabytes,
+        hold_seconds=settings.reference_seconds,
+    )
+    of_sites = _lots((row for row in rows if row.site is not None), {}, final)
+    made_here = _lots((row for row in rows if row.site is None), companions, final)
+    protected = in_use | spared
+    return [*_over(of_sites, updates, protected, now), *_over(made_here, models, protected, now)]
+
+
+def _inputs(connection: Connection) -> set[str]:
+    """Return the ids of the models that jobs which have not ended began with, or began a round with."""
+    live = jobs.c.finished_at.is_(None)
+    begun = select(rounds.c.input_model_id).join(jobs, jobs.c.job_id == rounds.c.job_id)
+    found = set(connection.scalars(begun.where(live, rounds.c.input_model_id.is_not(None))))
+    for spec in connection.scalars(select(jobs.c.spec).where(live)):
+        model_id = (spec.get("initial_model") or {}).get("model")
+        found |= {model_id} if model_id else set()
+    return found
+
+
+def _lots(rows: Iterable[Row[Any]], companions: Mapping[str, str], final: set[str]) -> list[_Lot]:
+    """Return what expires together, the oldest first; an optimizer's state is with the last model that has it."""
+    by_id = {row.model_id: row for row in rows}
+    owners = {optimizer: model_id for model_id, optimizer in companions.items() if optimizer in by_id}
+    owned = {model_id: by_id[optimizer] for optimizer, model_id in owners.items()}
+    return [
+        _Lot(members=(row, owned[model_id]) if model_id in owned else (row,), is_final=model_id in final)
+        for model_id, row in by_id.items()
+        if model_id not in owners
+    ]
+
+
+def _over(lots: Sequence[_Lot], limits: _Limits, protected: set[str], now: datetime) -> Iterator[Due]:
+    """Yield what is too old, and then the oldest of what is too much."""
+    left = [lot for lot in lots if not lot.is_final]
+    free = [lot for lot in left if _is_free(lot, limits, protected, now)]
+    old = [lot for lot in free if lot.age_days(now) >= min(limits.days, _LONGEST_DAYS)]
+    for lot in old:
+        days = f"keep_{limits.name}_days is {limits.days:g}"
+        yield from _expiring(lot, protected, f"{days}, and its job ended longer ago.")
+    total = sum(lot.size for lot in left) - sum(lot.size for lot in old)
+    gone = set(map(id, old))
+    for lot in free:
+        if total <= limits.gigabytes * 10**9:
+            return
+        if id(lot) not in gone:
+            gigabytes = f"keep_{limits.name}_gigabytes is {limits.gigabytes:g}"
+            yield from _expiring(lot, protected, f"{gigabytes}, and there was more; the oldest go first.")
+            total -= lot.size
+
+
+def _is_free(lot: _Lot, limits: _Limits, protected: set[str], now: datetime) -> bool:
+    head = lot.members[0]
+    if head.model_id in protected or head.finished_at is None:
+        return False
+    return bool(head.finished_at <= now - timedelta(seconds=limits.hold_seconds))
+
+
+def _expiring(lot: _Lot, protected: set[str], reason: str) -> Iterator[Due]:
+    for member in lot.members:
+        if member.model_id not in protected:
+            yield Due(
+                model_id=member.model_id,
+                model_store_ddc=member.store,
+                model_kind=member.model_kind,
+                job_id=member.job_id,
+                site=member.site,
+                round=member.round,
+                bytes=member.model_size,
+                reason=reason,
+            )
