@@ -100,7 +100,8 @@ class Settings(BaseSettings):
     keep_models_days: float = Field(
         math.inf,
         ge=0,
-        description="How long the bytes of the global models before a job's last one are kept after its end, in days.",
+        description="How long the bytes of a job's global models, but for its last one, are kept after its end, in days. "
+        "inf: for ever.",
     )
     keep_models_gigabytes: float = Field(
         math.inf,
@@ -189,7 +190,7 @@ class Settings(BaseSettings):
     keep_logs_days: float = Field(
         30.0,
         ge=0,
-        description="How long the logs in log_folder are kept after their last line, in days; inf: for ever.",
+        description="How long logs in log_folder are kept after their last line, in days. inf: for ever.",
     )
     keep_logs_megabytes: float = Field(
         30.0,

@@ -7,11 +7,10 @@ expired, `store.retention` says; their blobs are left alone as long again.
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
-from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, delete, or_, select
+from sqlalchemy import Connection, Engine, delete, or_, select
 
 from common.settings import Settings
 from store.blobs import Blob, BlobStore
@@ -30,13 +29,7 @@ _AT_ONCE = 500  # blobs at most that are removed in one transaction, during whic
 _LOCKED_SECONDS = 0.2  # a transaction that has taken so long is ended
 _PAUSE_SECONDS = 0.1  # between two of them: so seldom does a writer look who waits for SQLite's lock
 
-_BLOBS = select(
-    model_info.c.model_id,
-    model_info.c.model_kind,
-    model_info.c.model_hash,
-    model_info.c.index_hash,
-    model_info.c.shards,
-)
+_BLOBS = select(model_info.c.model_hash, model_info.c.index_hash, model_info.c.shards)
 
 
 def clean(settings: Settings, engine: Engine, blobs: BlobStore) -> None:
@@ -102,11 +95,11 @@ def kinds_of(engine: Engine, blobs: Sequence[Blob], *, expiring: Sequence[str] =
     """
     queries = [_BLOBS.where(model_info.c.expired_at.is_not(None))]
     queries += [_BLOBS.where(model_info.c.model_id.in_(some)) for some in parts_of(expiring)]
-    kinds: dict[str, str] = {}
+    kinds: dict[str | None, str] = {}
     with reading(engine) as connection:
         for query in queries:
-            for row in connection.execute(query):
-                kinds.update(dict.fromkeys(_digests(row), row.model_kind))
+            for *names, shards, kind in connection.execute(query.add_columns(model_info.c.model_kind)):
+                kinds.update(dict.fromkeys((*names, *(shard["digest"] for shard in shards)), kind))
     found: dict[str, list[Blob]] = {}
     for blob in blobs:
         found.setdefault(kinds.get(blob.digest, UNNAMED), []).append(blob)
@@ -137,18 +130,10 @@ def _needed(connection: Connection, expired_seconds: float | None, expiring: Col
         query = query.where(or_(model_info.c.expired_at.is_(None), model_info.c.expired_at > before))
     going = frozenset(expiring)
     needed: set[str] = set()
-    for row in connection.execute(query):
-        if row.model_id not in going:
-            needed.update(_digests(row))
+    for model_hash, index_hash, shards, model_id in connection.execute(query.add_columns(model_info.c.model_id)):
+        if model_id not in going:
+            needed.update((model_hash, index_hash), (shard["digest"] for shard in shards))
     held = select(quarantine.c.found).where(quarantine.c.state == "held")  # nobody has decided about it
     for (found,) in connection.execute(held):
         needed.update(blob["digest"] for blob in found if blob is not None)
     return needed
-
-
-def _digests(row: Row[Any]) -> Iterator[str]:
-    """Yield the digests of all blobs of a model."""
-    yield row.model_hash
-    if row.index_hash is not None:
-        yield row.index_hash
-    yield from (shard["digest"] for shard in row.shards)

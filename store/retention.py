@@ -16,9 +16,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, or_, select, update
+from sqlalchemy import Connection, Engine, or_, select, update
 
 from common.settings import Settings
 from store.database import reading, writing
@@ -56,21 +55,32 @@ class _Limits:
     hold_seconds: float  # after its job has ended, sites may still hold references
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Candidate:
+    """A model that a job made and that has not expired."""
+
+    model_id: str
+    store: str
+    model_kind: str
+    job_id: str
+    site: str | None
+    round: int
+    model_size: int
+    created_at: datetime
+    finished_at: datetime | None  # the job; None: it goes on
+    optimizer: str | None  # the id of the optimizer's state that goes with it
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Lot:
     """What expires together: a model, or a global model and the state of its optimizer."""
 
-    members: tuple[Row[Any], ...]  # the first one decides
+    members: tuple[_Candidate, ...]  # the first one decides
     is_final: bool  # a job was left with it, or is at it
 
     @property
     def size(self) -> int:
         return sum(member.model_size for member in self.members)
-
-    def age_days(self, now: datetime) -> float:
-        """Return for how many days it could have been looked at since its job ended."""
-        head = self.members[0]
-        return (now - max(head.created_at, head.finished_at)) / timedelta(days=1)
 
 
 _CANDIDATES = (
@@ -130,7 +140,7 @@ def expire(engine: Engine, settings: Settings) -> list[Due]:
 
 
 def _due(connection: Connection, settings: Settings, spared: set[str], now: datetime) -> list[Due]:
-    rows = connection.execute(_CANDIDATES).all()
+    rows = [_Candidate(**row) for row in connection.execute(_CANDIDATES).mappings()]
     if not rows:
         return []
     final = set(connection.scalars(select(jobs.c.model_id).where(jobs.c.model_id.is_not(None))))
@@ -163,7 +173,7 @@ def _inputs(connection: Connection) -> set[str]:
     return found
 
 
-def _lots(rows: Iterable[Row[Any]], companions: Mapping[str, str], final: set[str]) -> list[_Lot]:
+def _lots(rows: Iterable[_Candidate], companions: Mapping[str, str], final: set[str]) -> list[_Lot]:
     """Return what expires together, the oldest first; an optimizer's state is with the last model that has it."""
     by_id = {row.model_id: row for row in rows}
     owners = {optimizer: model_id for model_id, optimizer in companions.items() if optimizer in by_id}
@@ -177,28 +187,28 @@ def _lots(rows: Iterable[Row[Any]], companions: Mapping[str, str], final: set[st
 
 def _over(lots: Sequence[_Lot], limits: _Limits, protected: set[str], now: datetime) -> Iterator[Due]:
     """Yield what is too old, and then the oldest of what is too much."""
-    left = [lot for lot in lots if not lot.is_final]
-    free = [lot for lot in left if _is_free(lot, limits, protected, now)]
-    old = [lot for lot in free if lot.age_days(now) >= min(limits.days, _LONGEST_DAYS)]
-    for lot in old:
-        days = f"keep_{limits.name}_days is {limits.days:g}"
-        yield from _expiring(lot, protected, f"{days}, and its job ended longer ago.")
-    total = sum(lot.size for lot in left) - sum(lot.size for lot in old)
-    gone = set(map(id, old))
-    for lot in free:
-        if total <= limits.gigabytes * 10**9:
+    left = sum(lot.size for lot in lots if not lot.is_final)  # what can never go does not count
+    young = []
+    for lot in lots:
+        head = lot.members[0]
+        if head.model_id in protected or head.finished_at is None or _is_held(head.finished_at, limits, now):
+            continue
+        if now - max(head.created_at, head.finished_at) < timedelta(days=min(limits.days, _LONGEST_DAYS)):
+            young.append(lot)
+            continue
+        left -= lot.size
+        reason = f"keep_{limits.name}_days is {limits.days:g}, and its job ended longer ago."
+        yield from _expiring(lot, protected, reason)
+    for lot in young:
+        if left <= limits.gigabytes * 10**9:
             return
-        if id(lot) not in gone:
-            gigabytes = f"keep_{limits.name}_gigabytes is {limits.gigabytes:g}"
-            yield from _expiring(lot, protected, f"{gigabytes}, and there was more; the oldest go first.")
-            total -= lot.size
+        left -= lot.size
+        reason = f"keep_{limits.name}_gigabytes is {limits.gigabytes:g}, and there was more; the oldest go first."
+        yield from _expiring(lot, protected, reason)
 
 
-def _is_free(lot: _Lot, limits: _Limits, protected: set[str], now: datetime) -> bool:
-    head = lot.members[0]
-    if head.model_id in protected or head.finished_at is None:
-        return False
-    return bool(head.finished_at <= now - timedelta(seconds=limits.hold_seconds))
+def _is_held(finished_at: datetime, limits: _Limits, now: datetime) -> bool:
+    return now - finished_at < timedelta(seconds=limits.hold_seconds)
 
 
 def _expiring(lot: _Lot, protected: set[str], reason: str) -> Iterator[Due]:

@@ -34,9 +34,8 @@ def gc(config: Path | None, dry_run: bool, older_than_hours: float | None, as_js
     """Remove the bytes that are not needed or not kept any more.
 
     The bytes of old updates and old global models expire, by age and size, as the settings keep_updates_… and
-    keep_models_… say; their records stay. Removed are the bytes of deleted models, of puts that were never finished, and
-    of what had expired before, and the old logs of an embedded stack. The coordinator and the model store's service do
-    it every hour by themselves.
+    keep_models_… say; their records stay. Then the bytes go of deleted models, of puts that were never finished and of
+    what expired some time ago, and an embedded stack's old logs. The coordinator does it every hour by itself.
     """
     with open_local(config) as store:
         hours = store.settings.keep_unused_hours if older_than_hours is None else older_than_hours

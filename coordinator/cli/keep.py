@@ -25,8 +25,8 @@ Example:
 def keep(config: Path | None, model_id: str, off: bool, as_json: bool) -> None:
     """Keep a model and all that it comes from.
 
-    Their bytes then do not expire, whatever their age and size, so that `fedchord verify` can always recompute the model.
-    What has expired already comes back if its bytes are still there. Only at the node itself, on its own records.
+    Their bytes then do not expire, whatever their age and size, and `fedchord verify` can always recompute the model.
+    What has expired already comes back if its bytes are still there. It works on the records of this machine only.
     """
     with open_local(config) as store:
         with reading(store.engine) as connection:
