@@ -100,8 +100,8 @@ class Settings(BaseSettings):
     keep_models_days: float = Field(
         math.inf,
         ge=0,
-        description="How long the bytes of a job's global models, but for its last one, are kept after its end, in days. "
-        "inf: for ever.",
+        description="How long the bytes of a job's global models, but for its last one, are kept after its end, in "
+        "days. inf: for ever.",
     )
     keep_models_gigabytes: float = Field(
         math.inf,

@@ -94,7 +94,7 @@ def _events(stack: Stack) -> tuple[str, ...]:
 
 
 def write_supervisor_file(folder: StackFolder, stack: Stack, *, log_megabytes: float) -> None:
-    """Write supervisord's configuration, which holds Flower's password; each process may have so many 10^6 bytes of logs."""
+    """Write supervisord's configuration, which holds Flower's password; `log_megabytes` is for each process."""
     log_bytes = _log_bytes(log_megabytes)
     serving, sites = stack_programs(folder, stack)
     sections = [
