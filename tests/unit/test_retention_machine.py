@@ -57,17 +57,25 @@ class Node(RuleBasedStateMachine):
         self.store.close()
         self.folder.cleanup()
 
-    @rule(target=live)
-    def submit(self) -> str:
-        """Begin a job."""
-        return self._submit(None)
-
-    @rule(target=live, model_id=models)
-    def submit_from(self, model_id: str) -> Any:
-        """Begin a job from a model; one that has expired is refused."""
-        if model_id not in self.known or model_id in self.seen:
+    @rule(target=live, begins=st.none() | models)
+    def submit(self, begins: str | None) -> Any:
+        """Begin a job, perhaps from a model; one that was deleted or has expired is refused."""
+        if begins is not None and (begins not in self.known or begins in self.seen):
             return multiple()
-        return self._submit(model_id)
+        return self._submit(begins)
+
+    @rule(target=models, begins=st.none() | models, hours=st.integers(0, 3), data=st.lists(CONTENTS, max_size=3))
+    def do_job(self, begins: str | None, hours: int, data: list[bytes]) -> Any:
+        """Do a whole job, which ended some hours ago."""
+        if begins is not None and (begins not in self.known or begins in self.seen):
+            return multiple()
+        job_id = self._submit(begins)
+        made = []
+        for each in data:
+            sent = self.send_update(job_id, each)
+            made += [sent, self.close_round(job_id, b"made of " + each, [sent], optimizes=True)]
+        self.end(job_id, hours)
+        return multiple(*made)
 
     def _submit(self, model_id: str | None) -> str:
         job_id = new_model_id()
@@ -132,11 +140,11 @@ class Node(RuleBasedStateMachine):
             self.known[info.model_id] = add_model(connection, info)
         return info.model_id
 
-    @rule(job_id=consumes(live))
-    def end(self, job_id: str) -> None:
-        """End a job."""
+    @rule(job_id=consumes(live), hours=st.integers(0, 3))
+    def end(self, job_id: str, hours: int) -> None:
+        """End a job, some hours ago."""
         with writing(self.store.engine) as connection:
-            ended = {"state": "completed", "finished_at": utc_now()}
+            ended = {"state": "completed", "finished_at": utc_now() - timedelta(hours=hours)}
             connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(**ended))
         self.ended.add(job_id)
 
@@ -181,7 +189,7 @@ class Node(RuleBasedStateMachine):
                         connection.execute(update(table).where(key == name).values({column.name: at - older}))
         self.seen = {model_id: hours + before for model_id, before in self.seen.items()}
 
-    @rule(days=st.sampled_from([0, 0.1, 1e9]), gigabytes=st.sampled_from([0, 3e-8, 1e9]), collects=st.booleans())
+    @rule(days=st.sampled_from([0, 0.1, 1e9]), gigabytes=st.sampled_from([1e9, 6e-8, 0]), collects=st.booleans())
     def clean(self, days: float, gigabytes: float, collects: bool) -> None:
         """Clean up, and perhaps be killed between the two steps; a look at it first says what it will do."""
         chosen = self.store.settings.model_copy(
@@ -239,7 +247,7 @@ class Node(RuleBasedStateMachine):
 
 Node.TestCase.settings = settings(
     max_examples=30,
-    stateful_step_count=25,
+    stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
