@@ -99,7 +99,8 @@ def kinds_of(engine: Engine, blobs: Sequence[Blob], *, expiring: Sequence[str] =
     with reading(engine) as connection:
         for query in queries:
             for *names, shards, kind in connection.execute(query.add_columns(model_info.c.model_kind)):
-                kinds.update(dict.fromkeys((*names, *(shard["digest"] for shard in shards)), kind))
+                for digest in (*names, *(shard["digest"] for shard in shards)):
+                    kinds[digest] = min(kind, kinds.get(digest, kind))  # of several, the same one each time
     found: dict[str, list[Blob]] = {}
     for blob in blobs:
         found.setdefault(kinds.get(blob.digest, UNNAMED), []).append(blob)
