@@ -12,7 +12,7 @@ optimizer's state goes with its global model.
 """
 
 import logging
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -23,11 +23,11 @@ from common.settings import Settings
 from store.database import reading, writing
 from store.keeping import OPTIMIZER, kept_models, lineage_ids
 from store.model_stores import lock_out_puts
-from store.models import parts_of
 from store.tables import jobs, model_info, rounds, utc_now
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = 500  # models marked in one transaction, during which nobody records a model
 _LONGEST_DAYS = 100 * 365.0  # a time so long ago is before any record; `inf` is none
 
 
@@ -76,7 +76,6 @@ class _Lot:
     """What expires together: a model, or a global model and the state of its optimizer."""
 
     members: tuple[_Candidate, ...]  # the first one decides
-    is_final: bool  # a job was left with it, or is at it
 
     @property
     def size(self) -> int:
@@ -108,45 +107,62 @@ _CANDIDATES = (
 def find_due(engine: Engine, settings: Settings) -> list[Due]:
     """Return what `expire` would let expire now."""
     with reading(engine) as connection:
-        return _due(connection, settings, lineage_ids(connection, kept_models(connection)), utc_now())
+        spared = lineage_ids(connection, kept_models(connection))
+        candidates = _candidates(connection)
+        in_use = _in_use(connection, _companions(candidates))
+    return _due(candidates, settings, in_use, spared)
 
 
 def expire(engine: Engine, settings: Settings) -> list[Due]:
-    """Let the bytes expire that are older, or more, than the settings say; return what that was."""
+    """Let the bytes expire that are older, or more, than the settings say; return what that was.
+
+    What is found is looked at again, a little at a time, under the lock: a round must not wait long for it.
+    """
     with reading(engine) as connection:
         kept = kept_models(connection)
         spared = lineage_ids(connection, kept)
-        if not _due(connection, settings, spared, utc_now()):
-            return []
-    with writing(engine) as connection:
-        lock_out_puts(connection)
-        if kept_models(connection) != kept:  # a lineage never changes, so what was read of it still holds
-            spared = lineage_ids(connection, kept_models(connection))
-        now = utc_now()
-        due = _due(connection, settings, spared, now)
-        by_reason: dict[str, list[str]] = defaultdict(list)
-        for each in due:
-            by_reason[each.reason].append(each.model_id)
-        for reason, model_ids in by_reason.items():
-            for some in parts_of(model_ids):
-                connection.execute(
-                    update(model_info)
-                    .where(model_info.c.model_id.in_(some))
-                    .values(expired_at=now, expired_reason=reason)
-                )
-    for reason, model_ids in by_reason.items():
-        logger.info("%s models have expired: %s", len(model_ids), reason, extra={"action": "expire_models"})
-    return due
+        candidates = _candidates(connection)
+        companions = _companions(candidates)
+        due = _due(candidates, settings, _in_use(connection, companions), spared)
+    expired: list[Due] = []
+    for start in range(0, len(due), _AT_ONCE):
+        with writing(engine) as connection:
+            lock_out_puts(connection)
+            now_kept = kept_models(connection)
+            if now_kept != kept:  # a lineage never changes, so what was read of it still holds
+                kept, spared = now_kept, lineage_ids(connection, now_kept)
+            protected = _in_use(connection, companions) | spared
+            expired += _mark(connection, due[start : start + _AT_ONCE], protected)
+    for reason, count in Counter(each.reason for each in expired).items():
+        logger.info("%s models have expired: %s", count, reason, extra={"action": "expire_models"})
+    return expired
 
 
-def _due(connection: Connection, settings: Settings, spared: set[str], now: datetime) -> list[Due]:
-    rows = [_Candidate(**row) for row in connection.execute(_CANDIDATES).mappings()]
-    if not rows:
-        return []
-    final = set(connection.scalars(select(jobs.c.model_id).where(jobs.c.model_id.is_not(None))))
-    companions = {row.model_id: row.optimizer for row in rows if row.optimizer is not None}
-    in_use = final | _inputs(connection)
-    in_use |= {companions[model_id] for model_id in in_use if model_id in companions}
+def _mark(connection: Connection, due: Sequence[Due], protected: set[str]) -> list[Due]:
+    """Mark those that nothing protects and nobody has marked or deleted meanwhile; return them."""
+    asked = [each.model_id for each in due if each.model_id not in protected]
+    is_there = (model_info.c.model_id.in_(asked), model_info.c.expired_at.is_(None))
+    left = set(connection.scalars(select(model_info.c.model_id).where(*is_there)))
+    marked = [each for each in due if each.model_id in left]
+    now = utc_now()
+    for reason in {each.reason for each in marked}:
+        ids = [each.model_id for each in marked if each.reason == reason]
+        connection.execute(
+            update(model_info).where(model_info.c.model_id.in_(ids)).values(expired_at=now, expired_reason=reason)
+        )
+    return marked
+
+
+def _candidates(connection: Connection) -> list[_Candidate]:
+    return [_Candidate(**row) for row in connection.execute(_CANDIDATES).mappings()]
+
+
+def _companions(candidates: Sequence[_Candidate]) -> dict[str, str]:
+    """Return the ids of the optimizers' states, by the global models that they go with."""
+    return {each.model_id: each.optimizer for each in candidates if each.optimizer is not None}
+
+
+def _due(candidates: Sequence[_Candidate], settings: Settings, in_use: set[str], spared: set[str]) -> list[Due]:
     updates = _Limits(
         name="updates", days=settings.keep_updates_days, gigabytes=settings.keep_updates_gigabytes, hold_seconds=0
     )
@@ -156,10 +172,17 @@ def _due(connection: Connection, settings: Settings, spared: set[str], now: date
         gigabytes=settings.keep_models_gigabytes,
         hold_seconds=settings.reference_seconds,
     )
-    of_sites = _lots((row for row in rows if row.site is not None), {}, final)
-    made_here = _lots((row for row in rows if row.site is None), companions, final)
-    protected = in_use | spared
-    return [*_over(of_sites, updates, protected, now), *_over(made_here, models, protected, now)]
+    of_sites = _lots((each for each in candidates if each.site is not None), {})
+    made_here = _lots((each for each in candidates if each.site is None), _companions(candidates))
+    now = utc_now()
+    return [*_over(of_sites, updates, in_use, spared, now), *_over(made_here, models, in_use, spared, now)]
+
+
+def _in_use(connection: Connection, companions: Mapping[str, str]) -> set[str]:
+    """Return the ids of the models that jobs were left with, are at or began with, with their optimizers' states."""
+    found = _inputs(connection)
+    found.update(connection.scalars(select(jobs.c.model_id).where(jobs.c.model_id.is_not(None))))
+    return found | {companions[model_id] for model_id in found if model_id in companions}
 
 
 def _inputs(connection: Connection) -> set[str]:
@@ -173,21 +196,22 @@ def _inputs(connection: Connection) -> set[str]:
     return found
 
 
-def _lots(rows: Iterable[_Candidate], companions: Mapping[str, str], final: set[str]) -> list[_Lot]:
+def _lots(rows: Iterable[_Candidate], companions: Mapping[str, str]) -> list[_Lot]:
     """Return what expires together, the oldest first; an optimizer's state is with the last model that has it."""
     by_id = {row.model_id: row for row in rows}
     owners = {optimizer: model_id for model_id, optimizer in companions.items() if optimizer in by_id}
     owned = {model_id: by_id[optimizer] for optimizer, model_id in owners.items()}
     return [
-        _Lot(members=(row, owned[model_id]) if model_id in owned else (row,), is_final=model_id in final)
+        _Lot(members=(row, owned[model_id]) if model_id in owned else (row,))
         for model_id, row in by_id.items()
         if model_id not in owners
     ]
 
 
-def _over(lots: Sequence[_Lot], limits: _Limits, protected: set[str], now: datetime) -> Iterator[Due]:
+def _over(lots: Sequence[_Lot], limits: _Limits, in_use: set[str], spared: set[str], now: datetime) -> Iterator[Due]:
     """Yield what is too old, and then the oldest of what is too much."""
-    left = sum(lot.size for lot in lots if not lot.is_final)  # what can never go does not count
+    protected = in_use | spared
+    left = sum(lot.size for lot in lots if lot.members[0].model_id not in in_use)  # these are the jobs' results
     young = []
     for lot in lots:
         head = lot.members[0]

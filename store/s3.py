@@ -112,7 +112,7 @@ class S3Store:
                     )
                 # A presigned upload streams the file once; the client's own would read, hash and buffer it in parts.
                 self._transfer.upload(path, url)
-            self._renew(_key(blob.digest), began)
+            self._renew(blob.digest, began)
             self._cache.add(path, blob)
         return blob
 
@@ -248,14 +248,21 @@ class S3Store:
                     removed += 1
         return removed
 
-    def _renew(self, key: str, began: datetime) -> None:
+    def _renew(self, digest: str, began: datetime) -> None:
         """Make the object as new as its last put; SeaweedFS does so only if something about it is new."""
-        with self._errors():
-            found = self._client.stat_object(self._bucket, key).last_modified
-            if found is not None and found < began - timedelta(seconds=_CLOCK_SECONDS):
+        key = _key(digest)
+        try:
+            with self._errors(missing=digest):
+                found = self._client.stat_object(self._bucket, key).last_modified
+                if found is None or found >= began - timedelta(seconds=_CLOCK_SECONDS):
+                    return
                 put: dict[str, str | list[str] | tuple[str]] = {"put": began.isoformat()}
                 source = CopySource(self._bucket, key)
                 self._client.copy_object(self._bucket, key, source, metadata=put, metadata_directive=REPLACE)
+        except NotFound as error:
+            raise StoreUnavailable(
+                "The bytes were removed meanwhile, for no model needed them; put them again."
+            ) from error
 
     def _put_parts(self, path: Path, blob: Blob) -> None:
         """Upload the file in parts, one after the other."""
