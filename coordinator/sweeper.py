@@ -21,6 +21,7 @@ from coordinator.overdue import Held, find_overdue
 from coordinator.quarantine import keep_quarantine
 from coordinator.rounds import end_lease
 from coordinator.services import Services, services_of
+from coordinator.stack.old_logs import clean_logs
 from coordinator.steady_clock import SteadyClock
 from coordinator.waiting import Waiting, end_waiting, find_waiting
 from store.database import reading, writing
@@ -137,6 +138,7 @@ class Sweeper(bootsteps.StartStopStep):
                     next_clean = time.monotonic() + CLEAN_SECONDS  # even if it fails: not every second
                     keep_quarantine(services)
                     clean(services.settings, services.engine, services.blobs)
+                    clean_logs(services.settings)
                 trouble = ""
             except FedChordError as error:
                 if error.message != trouble:  # once, not every second
