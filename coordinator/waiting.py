@@ -84,6 +84,8 @@ def _expire(services: Services, each: Waiting, waiting: Sequence[Part]) -> None:
         slow = set(read_progress(services.broker, [(part.site, part.task_id) for part in waiting]))
     silent = [part for part in waiting if part.task_id not in slow]
     with writing(services.engine) as connection:
+        if lock_round(connection, each.round.round_id) is not RoundState.OPEN:
+            return
         left = let_go(connection, each.job, each.round, silent, "no answer before the deadline")
         if slow:
             later = min(each.round.deadline_at + timedelta(seconds=_EXTENSION_SECONDS), latest)
