@@ -46,15 +46,18 @@ ALIVE = {site: heartbeat(("t",)) for site in SITES}
 processes = st.integers(0, 1)
 sites = st.integers(0, len(SITES) - 1)
 ages = st.sampled_from([0, 0, 0, 1, 1, 2])  # of a round: 0 is the newest
-anew = st.booleans()  # whether a process reads before it acts, or knows what it read some time ago
+anew = st.sampled_from(
+    [True, False, False]
+)  # whether a process reads before it acts, or knows what it read some time ago
 verdicts = st.sampled_from([PartState.ACCEPTED, PartState.ACCEPTED, PartState.QUARANTINED])
 
 
 ACTS = (  # some more often than others
-    *("look", "look", "answer", "answer", "answer", "answer", "answer", "answer", "answer late", "answer late"),
-    *("ask again", "ask again", "expire", "expire", "miss heartbeats", "go on"),
-    *("claim", "claim", "claim", "read", "read", "close", "close", "settle", "renew", "forgive", "end lease"),
-    *("end lease", "leave", "abort", "plan again"),
+    *(6 * ["answer"]),
+    *(4 * ["expire"]),
+    *(3 * ["claim", "end lease"]),
+    *(2 * ["look", "answer late", "ask again", "miss heartbeats", "read", "close", "renew"]),
+    *("go on", "settle", "forgive", "leave", "abort", "plan again"),
 )
 
 
@@ -108,7 +111,7 @@ class RoundMachine(RuleBasedStateMachine):
         )
 
     @initialize(
-        rounds=st.sampled_from([3, 3, 2, 1]),
+        rounds=st.sampled_from([6, 4, 3, 2, 1]),
         quorum=st.integers(1, 2),
         enough=st.none() | st.integers(1, 2),
         late=st.sampled_from(["keep", "keep", "count", "drop"]),
@@ -195,6 +198,8 @@ class RoundMachine(RuleBasedStateMachine):
             "abort": lambda: self.abort(),
             "plan again": lambda: self.plan_what_is_planned(process),
         }
+        if what in ("claim", "settle", "go on") and self.protocol.count_good(self.db) < self.protocol.quorum and which:
+            return  # else most examples would end early, with a job that has failed
         acts[what]()
 
     # ---- what a process reads, and what it does by that
