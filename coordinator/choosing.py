@@ -39,26 +39,27 @@ def candidates(
     alive: Mapping[str, Heartbeat],
     paused: Collection[str] = (),
     busy: Collection[str] = (),
+    needed: int | None = None,
 ) -> tuple[Candidate, ...]:
     """Return whom the next round can ask, by name: those that are alive, not paused and not at an earlier round's part.
 
-    If these are too few for a quorum, the paused ones too, then all that may come back: a queue keeps its messages, so
-    a site that is away may still answer before the deadline.
+    If these are fewer than needed (a quorum if it is not given), the paused ones too, then the busy ones, then all that
+    may come back: a queue keeps its messages, so a site that is away may still answer before the deadline. The busy
+    ones are asked although their late answers count as well: a round does not wait for whom it has not asked.
     """
     members = [site for site in job.sites if site in enabled]
-    ready = [site for site in members if site in alive and site not in paused and site not in busy]
-    awaited = sum(site in busy for site in members)  # their late answers count as well
-    if not ready or len(ready) + awaited < job.quorum:
-        ready = [site for site in members if site in alive and site not in busy]
-    if not ready or len(ready) + awaited < job.quorum:
-        ready = members
+    here = [site for site in members if site in alive]
+    free = [site for site in here if site not in busy]
+    ready = [site for site in free if site not in paused]
+    enough = job.quorum if needed is None else needed
+    ready = next((found for found in (ready, free, here) if len(found) >= enough), members)
     return tuple(Candidate(site=site, heartbeat=alive.get(site)) for site in sorted(ready))
 
 
 def choose(job: Job, number: int, found: Sequence[Candidate], choosers: Mapping[str, str]) -> tuple[str, ...]:
     """Return whom of the candidates the training round asks; raise InvalidSettings if an operator's function fails."""
     rules = job.spec.participation
-    wanted = math.ceil(rules.target(len(job.sites)) * rules.over_selection - 1e-9)
+    wanted = math.ceil((job.target or len(found)) * rules.over_selection - 1e-9)
     if rules.choose == "all" or len(found) <= wanted:
         return tuple(each.site for each in found)
     if rules.choose == "random":

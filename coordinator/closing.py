@@ -71,8 +71,12 @@ def start_job(services: Services, job_id: str) -> None:
         job = get_job(connection, job_id)
     if job.state is JobState.SUBMITTED:
         alive = alive_sites(services, job)
+        first = None
         with writing(services.engine) as connection:
-            first = plan_next(connection, job, None, alive=alive, choosers=services.settings.choosers)
+            lock_job(connection, job_id)
+            job = get_job(connection, job_id)  # a site may have left it, or another process have planned
+            if job.state is JobState.SUBMITTED:
+                first = plan_next(connection, job, None, alive=alive, choosers=services.settings.choosers)
         if first is not None:
             publish_round(services, first.round_id)
     send_notices(services)

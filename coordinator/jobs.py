@@ -56,9 +56,9 @@ class Job:
 
     @property
     def target(self) -> int | None:
-        """Return with how many updates a training round is full; None if it waits for everyone's."""
+        """Return with how many updates a training round is full, a quorum or more; None if it waits for everyone's."""
         rules = self.spec.participation
-        return rules.target(len(self.sites)) if rules.has_target else None
+        return max(rules.target(len(self.sites)), self.quorum) if rules.has_target else None
 
     @property
     def model_store(self) -> str:

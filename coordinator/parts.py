@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, bindparam, exists, func, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, case, exists, func, literal, select, update
 
 from coordinator.states import OWING, PartState, RoundKind, RoundState
 from store.tables import parts, rounds, utc_now
@@ -172,12 +172,18 @@ def leave_parts(
 
 
 def count_kept(connection: Connection, round_id: str) -> None:
-    """Let every answer that is kept for the job's next training round count in this one, if it is one."""
+    """Let every answer that is kept for the job's next training round count in this one, if it is one.
+
+    One that missed this very round, and came before it was claimed, counts like the round's others.
+    """
     job = select(rounds.c.job_id).where(rounds.c.round_id == round_id, rounds.c.kind == RoundKind.TRAIN.value)
     connection.execute(
         update(parts)
         .where(parts.c.state == PartState.KEPT.value, parts.c.job_id == job.scalar_subquery())
-        .values(state=PartState.ACCEPTED.value, counted_in=round_id)
+        .values(
+            state=PartState.ACCEPTED.value,
+            counted_in=case((parts.c.round_id != round_id, literal(round_id)), else_=None),
+        )
     )
 
 

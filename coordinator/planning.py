@@ -154,7 +154,10 @@ def _choose(
         busy = [part.site for part in find_in(connection, (PartState.LATE,), job_id=job.job_id)]
     now = utc_now()
     paused = [site for site, member in find_members(connection, job.job_id).items() if member.is_paused(now)]
-    found = candidates(job, enabled=enabled, alive=alive, paused=paused, busy=busy)
+    needed = job.quorum
+    if step.kind is RoundKind.TEST:  # it can do without those that still train
+        needed = max(1, needed - len(set(busy).intersection(job.sites)))
+    found = candidates(job, enabled=enabled, alive=alive, paused=paused, busy=busy, needed=needed)
     if step.kind is not RoundKind.TRAIN:
         return tuple(each.site for each in found)
     return choose(job, step.number, found, choosers)

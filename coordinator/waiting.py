@@ -11,7 +11,7 @@ from common.heartbeats import Heartbeat
 from common.progress import read_progress
 from coordinator.jobs import Job, get_job
 from coordinator.letting_go import cancel_parts, follow_up, let_go, let_surplus_go
-from coordinator.parts import Part, count_good, find_in, leave_parts
+from coordinator.parts import Part, count_good, find_in, find_parts, leave_parts
 from coordinator.planning import gives_up_at
 from coordinator.rounds import Round, extend_round, get_round, lock_round
 from coordinator.services import Services
@@ -84,6 +84,8 @@ def _expire(services: Services, each: Waiting, waiting: Sequence[Part]) -> None:
         slow = set(read_progress(services.broker, [(part.site, part.task_id) for part in waiting]))
     silent = [part for part in waiting if part.task_id not in slow]
     with writing(services.engine) as connection:
+        if lock_round(connection, each.round.round_id) is not RoundState.OPEN:
+            return
         left = let_go(connection, each.job, each.round, silent, "no answer before the deadline")
         if slow:
             later = min(each.round.deadline_at + timedelta(seconds=_EXTENSION_SECONDS), latest)
@@ -129,7 +131,10 @@ def _let_absent_go(
     with writing(services.engine) as connection:
         if lock_round(connection, each.round.round_id) is not RoundState.OPEN:
             return
-        possible = count_good(connection, each.job.job_id, each.round.round_id) + len(waiting) - len(gone)
+        still = [part for part in find_parts(connection, each.round.round_id) if part.state is PartState.WAITING]
+        away = {part.site for part in gone}
+        gone = [part for part in still if part.site in away]
+        possible = count_good(connection, each.job.job_id, each.round.round_id) + len(still) - len(gone)
         if each.round.kind is not RoundKind.TEST and possible < each.job.quorum:
             return
         left = let_go(connection, each.job, each.round, gone, f"no heartbeat for {limit:g} s")

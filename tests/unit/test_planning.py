@@ -1,8 +1,10 @@
 """What a job does next, as a table."""
 
+from dataclasses import replace
+
 import pytest
 
-from coordinator.choosing import candidates
+from coordinator.choosing import candidates, choose
 from coordinator.jobfile import JobSpec
 from coordinator.jobs import Job, new_job
 from coordinator.planning import Step, next_step
@@ -60,3 +62,46 @@ def test_the_start_is_repeated_until_there_is_a_model() -> None:
 def test_the_sites_that_are_asked(enabled: str, alive: str, chosen: str) -> None:
     found = candidates(job(), enabled=frozenset(enabled), alive=dict.fromkeys(alive, heartbeat(("t",))))
     assert "".join(each.site for each in found) == chosen
+
+
+@pytest.mark.parametrize(
+    ("alive", "paused", "busy", "needed", "chosen"),
+    [
+        ("abcd", "", "c", None, "abd"),
+        ("abcd", "a", "d", None, "abc"),  # three of four are a quorum: the paused one is needed
+        ("abcd", "a", "cd", None, "abcd"),  # a round of a and b alone would end without a quorum, whoever comes late
+        ("abc", "", "c", None, "abc"),
+        ("ab", "", "c", None, "abcd"),
+        ("abcd", "a", "cd", 1, "b"),  # a test needs no quorum
+        ("cd", "", "cd", 1, "cd"),
+    ],
+)
+def test_a_busy_site_is_asked_only_if_a_quorum_needs_it(
+    alive: str, paused: str, busy: str, needed: int | None, chosen: str
+) -> None:
+    found = candidates(
+        job(sites=tuple("abcd")),
+        enabled=frozenset("abcd"),
+        alive=dict.fromkeys(alive, heartbeat(("t",))),
+        paused=paused,
+        busy=busy,
+        needed=needed,
+    )
+    assert "".join(each.site for each in found) == chosen
+
+
+@pytest.mark.parametrize(
+    ("spec", "sites", "target"),
+    [
+        ({}, "abcd", None),
+        ({"participation": {"target_sites": 3}}, "abcd", 3),
+        ({"participation": {"target_fraction": 0.5}}, "abcdefgh", 4),
+        ({"participation": {"target_fraction": 0.5}, "min_sites": 3}, "abcd", 3),
+        ({"participation": {"target_fraction": 0.5}, "min_sites": 3}, "abc", 3),  # one of four has left
+    ],
+)
+def test_no_round_is_full_with_less_than_a_quorum(spec: dict[str, object], sites: str, target: int | None) -> None:
+    made = replace(job(sites=tuple("abcdefgh" if len(sites) == 8 else "abcd"), **spec), sites=tuple(sites))
+    assert made.target == target
+    chosen = choose(made, 1, candidates(made, enabled=frozenset(sites), alive={}), {})
+    assert len(chosen) >= made.quorum
