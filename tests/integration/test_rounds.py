@@ -23,7 +23,7 @@ from common.messages import (
 )
 from common.queues import cancel_key
 from common.signing import SigningKey
-from common.transport import dead_letter_key
+from common.dead_letters import dead_letter_key
 from coordinator.jobs import JobState, find_jobs
 from coordinator.progress import JobProgress, job_progress
 from coordinator.rounds import Part, RoundKind, RoundState
