@@ -30,6 +30,9 @@ CONTROL_COMMANDS = frozenset(
 
 _TEXT_OR_NONE = ("root_id", "parent_id", "group", "argsrepr", "kwargsrepr", "origin", "shadow")
 _MAX_ID_CHARACTERS = 500
+_MAX_TEXT_CHARACTERS = 10_000  # of a header
+_MAX_SMALL_BYTES = 256 * 1024  # a chord's results are some bytes for each site
+_BIN = {b"\xc4": 1, b"\xc5": 2, b"\xc6": 4}  # msgpack's bytes, and the width of their length
 _MAX_RETRIES = 10**9
 _ERRORS = (ValueError, KeyError, TypeError, OverflowError, RecursionError, msgpack.UnpackException)
 
@@ -118,6 +121,8 @@ def _header_trouble(headers: dict[str, Any], queue: str) -> str:
         return f"its task {headers['task'][:80]!r} is none of {family}'s"
     if wrong := [name for name in _TEXT_OR_NONE if not isinstance(headers.get(name), str | None)]:
         return f"its header {wrong[0]} is no text"
+    if any(len(headers.get(name) or "") > _MAX_TEXT_CHARACTERS for name in ("task", *_TEXT_OR_NONE)):
+        return f"a header has more than {_MAX_TEXT_CHARACTERS} characters"
     if type(retries := headers.get("retries", 0)) not in (int, type(None)) or not 0 <= (retries or 0) <= _MAX_RETRIES:
         return "its number of retries is no number"
     if headers.get("stamped_headers"):
@@ -156,6 +161,8 @@ def _body_trouble(content_type: str, body: bytes, queue: str) -> str:
     """Return why a task's body is none, or asks the worker to send on what others wrote; empty if it is one."""
     if content_type != "application/x-msgpack":
         return f"its body is {content_type[:80]}, not msgpack"
+    if _small_bytes(body) > _MAX_SMALL_BYTES:
+        return f"it has more than {_MAX_SMALL_BYTES} bytes beside its envelope"
     fields = msgpack.unpackb(body)
     if not isinstance(fields, list) or [type(field) for field in fields] != [list, dict, dict]:
         return "its body is not the three parts of a task"
@@ -164,6 +171,14 @@ def _body_trouble(content_type: str, body: bytes, queue: str) -> str:
     if any(fields[2].get(name) for name in sends):
         return "it asks for other tasks to be sent, which no message of FedChord does"
     return ""
+
+
+def _small_bytes(body: bytes) -> int:
+    """Return how many bytes are not the content of one envelope: each of them may become an object."""
+    if body[:2] != b"\x93\x91" or body[2:3] not in _BIN:  # three fields, the first of which is a list of one
+        return len(body)
+    width = _BIN[body[2:3]]
+    return len(body) - int.from_bytes(body[3 : 3 + width], "big")
 
 
 def _control_trouble(body: Any) -> str:

@@ -67,6 +67,9 @@ class QoS(kombu_redis.QoS):
 
     def restore_by_tag(self, tag: Any, client: redis.Redis | None = None, leftmost: bool = False) -> None:
         """Put the message back on its queue; set it aside if it is none."""
+        if not self.channel.own_queue:
+            super().restore_by_tag(tag, client, leftmost)
+            return
         with self.channel.conn_or_acquire(client) as connected:
             if entry := connected.hget(self.unacked_key, tag):
                 self._put_back(connected, tag, entry, leftmost=leftmost, mark=True)
@@ -174,8 +177,8 @@ class Channel(kombu_redis.Channel):
 
     @property
     def own_queue(self) -> str:
-        """Return the queue of this process's app, as common/broker.py names its keys."""
-        return str(self.unacked_key).removeprefix("unacked.")
+        """Return the queue of this process's app, after which common/broker.py names the keys; empty without an app."""
+        return str(self.unacked_key).partition("unacked.")[2]
 
     def mend(self, key: str, command: str, *arguments: Any) -> None:
         """Remove the key if the command, which reads, finds another type there; note it beside the queue."""
