@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _AGAIN_SECONDS = 1.0
 
 
-class PatientConsumer(Consumer):  # type: ignore[misc]  # Celery's stubs do not say what it is
+class PatientConsumer(Consumer):
     """Celery's consumer, which does not end for want of a broker or because of a message."""
 
     _lost_at: float | None = None  # monotonic; None while the broker answers
@@ -44,9 +44,7 @@ class PatientConsumer(Consumer):  # type: ignore[misc]  # Celery's stubs do not 
         super().on_ready()
         if self._lost_at is not None:
             seconds = time.monotonic() - self._lost_at
-            logger.warning(
-                "The broker is back after %.0f s; going on.", seconds, extra={"action": "broker_back"}
-            )
+            logger.warning("The broker is back after %.0f s; going on.", seconds, extra={"action": "broker_back"})
         self._lost_at = None
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
@@ -56,7 +54,8 @@ class PatientConsumer(Consumer):  # type: ignore[misc]  # Celery's stubs do not 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Wait for a broker that does not answer any more; what is in hand goes on."""
         self._lost(exc)
-        for channel in self.connection.transport.channels:
+        connection: Any = self.connection
+        for channel in connection.transport.channels:
             channel.do_restore = False  # what is at work here is not to be given to somebody else
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Celery's advice to end what is at work
@@ -95,15 +94,15 @@ class PatientConsumer(Consumer):  # type: ignore[misc]  # Celery's stubs do not 
         channel = message.channel
         said = f"{reason} ({type(error).__name__}: {error})"[:500] if error else reason
         set_aside(channel.client, channel.own_queue, json.dumps(message._raw).encode(), said)
-        message.reject_log_error(logger, self.connection_errors)
+        message.reject_log_error(logger, vars(self)["connection_errors"])
 
 
 class TakeUpUnacknowledged(bootsteps.StartStopStep):
     """When a worker has connected, put back what was taken from its queue and is at work nowhere.
 
-    Redis knows of no consumers: what a killed worker held, or what this one had taken and not begun when the broker went
-    away, would otherwise wait for the visibility timeout. Every handler can bear a message twice, so it is safe also
-    when another worker is still at work on it.
+    Redis knows of no consumers: what a killed worker held, or what this one had taken and not begun when the broker
+    went away, would otherwise wait for the visibility timeout. Every handler can bear a message twice, so it is safe
+    also when another worker is still at work on it.
     """
 
     requires = ("celery.worker.consumer.connection:Connection",)

@@ -23,9 +23,11 @@ REPLIES = "reply.celery.pidbox"  # the exchange of remote control's answers; a q
 # What a worker does when it is asked on the control channel, where everybody may write: it tells how it is. Celery's
 # other commands stop it, slow it down, take its queue away or make it drop tasks.
 CONTROL_COMMANDS = frozenset(
-    ("active", "active_queues", "clock", "conf", "disable_events", "dump_active", "dump_reserved", "dump_revoked")
-    + ("dump_schedule", "dump_tasks", "enable_events", "heartbeat", "ping", "query_task", "registered", "report")
-    + ("reserved", "revoked", "scheduled", "stats")
+    (
+        *("active", "active_queues", "clock", "conf", "disable_events", "dump_active", "dump_reserved", "dump_revoked"),
+        *("dump_schedule", "dump_tasks", "enable_events", "heartbeat", "ping", "query_task", "registered", "report"),
+        *("reserved", "revoked", "scheduled", "stats"),
+    )
 )
 
 _TEXT_OR_NONE = ("root_id", "parent_id", "group", "argsrepr", "kwargsrepr", "origin", "shadow")

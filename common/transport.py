@@ -1,3 +1,5 @@
+# mypy: disable-error-code="attr-defined,misc,name-defined,no-untyped-call,arg-type"
+# (kombu's stubs know little of its Redis transport)
 """Kombu's Redis transport, made to survive what others write where it reads, and to make fewer clients.
 
 Whoever may write to a queue may write anything. An element that is not JSON, or a message whose headers are not what
@@ -159,7 +161,7 @@ class PublishBatch(kombu_redis.PublishBatch):
         super().add(name, *arguments)
 
     def flush(self) -> None:
-        """Write them; a queue's key of another type is removed, so that they can be written when they are sent again."""
+        """Write them; a queue's key of another type is removed, so that they can be written the next time."""
         try:
             super().flush()
         except BatchPublishError as error:
@@ -246,10 +248,10 @@ class Channel(kombu_redis.Channel):
     def _create_client(self, asynchronous: bool = False) -> redis.Redis:
         # kombu makes a client for each acknowledgement; one for each pool does, since a client holds no connection
         if asynchronous:
-            client: redis.Redis = super()._create_client(asynchronous=True)  # type: ignore[misc]  # the stubs lack it
+            client: redis.Redis = super()._create_client(asynchronous=True)
             return client
         if self._shared_client is None or self._shared_client.connection_pool is not self.pool:
-            self._shared_client = super()._create_client()  # type: ignore[misc]  # the stubs lack it
+            self._shared_client = super()._create_client()
         return self._shared_client
 
     def _get_pool(self, asynchronous: bool = False) -> redis.ConnectionPool:
@@ -257,7 +259,7 @@ class Channel(kombu_redis.Channel):
         # AttributeError, which ends the worker. A connection error is what it expects.
         if self.connection is None or self.connection.client is None:
             raise redis.ConnectionError("The connection to the broker is closed.")
-        pool: redis.ConnectionPool = super()._get_pool(asynchronous=asynchronous)  # type: ignore[misc]  # see above
+        pool: redis.ConnectionPool = super()._get_pool(asynchronous=asynchronous)
         return pool
 
     @cached_property
@@ -266,10 +268,10 @@ class Channel(kombu_redis.Channel):
         return _Listener(self._create_client(asynchronous=True).connection_pool)
 
     def _get_client(self) -> type[redis.Redis]:
-        base: type[redis.Redis] = super()._get_client()  # type: ignore[misc]  # the stubs lack it
+        base: type[redis.Redis] = super()._get_client()
         channel = self
 
-        class Client(base):  # type: ignore[misc,valid-type]  # the base is chosen by kombu at run time
+        class Client(base):  # type: ignore[valid-type]  # the base is chosen by kombu at run time
             def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
                 if command_name != "BRPOP":
                     return super().parse_response(connection, command_name, **options)

@@ -1,9 +1,9 @@
 """Messages that end their worker: count them, and stop handling them.
 
 Nobody lives to tell that a message has ended the process, for want of memory perhaps. But a message that was taken and
-not finished comes again, marked as such. Only then is it counted, in the broker, when its handling begins, and forgotten
-when its handling ends, however it ends. What is counted is the content, so that the same answer, sent again by its site,
-is still the same.
+not finished comes again, marked as such. Only then is it counted, in the broker, when its handling begins, and
+forgotten when its handling ends, however it ends. What is counted is the content, so that the same answer, sent again
+by its site, is still the same.
 """
 
 import hashlib

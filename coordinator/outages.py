@@ -22,7 +22,7 @@ class Outages:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: dict[str, dict[str, float]] = {}  # by service: what waits, and when it was last tried (monotonic)
+        self._waiting: dict[str, dict[str, float]] = {}  # by service: what, and when it was last tried
         self._since: dict[str, float] = {}  # by service, monotonic
 
     def wait(self, what: str, error: Unavailable) -> None:
@@ -51,16 +51,12 @@ class Outages:
             self._forget_stale(now)
             for waiting in self._waiting.values():
                 waiting.pop(what, None)
-            over = {
-                service: now - since for service, since in self._since.items() if not self._waiting.get(service)
-            }
+            over = {service: now - since for service, since in self._since.items() if not self._waiting.get(service)}
             for service in over:
                 del self._since[service]
                 self._waiting.pop(service, None)
         for service, seconds in over.items():
-            logger.warning(
-                "%s can be used again after %.0f s; going on.", service, seconds, extra={"action": "go_on"}
-            )
+            logger.warning("%s can be used again after %.0f s; going on.", service, seconds, extra={"action": "go_on"})
 
     def _forget_stale(self, now: float) -> None:
         for waiting in self._waiting.values():

@@ -12,10 +12,10 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from common.broker import connect, hide_password, make_coordinator_app
+from common.dead_letters import dead_letter_key
 from common.errors import BrokerUnavailable
 from common.queues import COORDINATOR_QUEUE
 from common.settings import Settings
-from common.dead_letters import dead_letter_key
 from coordinator.checks.finding import Finding, fault, ok, warning
 from coordinator.listeners import coordinator_workers
 from coordinator.owing import clock
