@@ -78,6 +78,15 @@ def queues_with_dead_letters(client: Redis) -> list[str]:
     return sorted(key.decode(errors="replace").removesuffix(dead_letter_key("")) for key in keys)
 
 
+def forget_dead_letters(client: Redis, queue: str) -> int:
+    """Forget what was set aside from the queue; return how many elements that were."""
+    with client.pipeline() as pipeline:
+        pipeline.llen(dead_letter_key(queue))
+        pipeline.delete(dead_letter_key(queue))
+        count: int = pipeline.execute()[0]
+    return count
+
+
 def _push(client: Redis, queue: str, letter: dict[str, Any]) -> None:
     with client.pipeline() as pipeline:
         pipeline.lpush(dead_letter_key(queue), json.dumps(letter))
