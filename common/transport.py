@@ -53,11 +53,11 @@ class QoS(kombu_redis.QoS):
 
     def ack(self, delivery_tag: str) -> None:
         """Note that the message is done."""
-        self._mending(lambda: super(QoS, self).ack(delivery_tag))
+        self._while_connected(lambda: super(QoS, self).ack(delivery_tag))
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Put the message back on its queue, or drop it."""
-        self._mending(lambda: super(QoS, self).reject(delivery_tag, requeue))
+        self._while_connected(lambda: super(QoS, self).reject(delivery_tag, requeue))
 
     def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
         """Put back what has not been acknowledged for the visibility timeout."""
@@ -126,6 +126,13 @@ class QoS(kombu_redis.QoS):
 
         client.transaction(move, self.unacked_key)
         return True
+
+    def _while_connected(self, do: Callable[[], None]) -> None:
+        """Do it; without a broker the message stays unacknowledged, and comes again if the broker has kept it."""
+        try:
+            self._mending(do)
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            logger.info("A message is not acknowledged: %s.", error, extra={"action": "not_acknowledged"})
 
     def _mending(self, do: Callable[[], Answer]) -> Answer:
         """Do it; if a key has the wrong type, remove it and do it again."""

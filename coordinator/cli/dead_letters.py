@@ -44,7 +44,9 @@ def dead_letters(config: Path | None, queue: str | None, clear: str | None, as_j
             return
         queues = queues_with_dead_letters(client) if queue is None else [queue]
         letters = [
-            letter for each in queues for letter in read_dead_letters(client, each, limit=MAX_DEAD if as_json else _SHOWN)
+            letter
+            for each in queues
+            for letter in read_dead_letters(client, each, limit=MAX_DEAD if as_json else _SHOWN)
         ]
     if as_json:
         print_json(
