@@ -4,7 +4,7 @@ import logging
 import socket
 from typing import Any
 
-from celery import Celery, bootsteps
+from celery import Celery
 from celery.apps.worker import Worker
 from kombu import Queue
 from redis import Redis
@@ -12,6 +12,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from common.consumer import TakeUpUnacknowledged
 from common.errors import BrokerUnavailable
 from common.queues import COORDINATOR_QUEUE, site_queue
 from common.settings import Settings
@@ -42,33 +43,6 @@ class QuietCelery(Celery):
         """Return the worker class bound to this app."""
         worker: type[QuietWorker] = self.subclass_with_self(QuietWorker)
         return worker
-
-
-class RestoreUnacknowledged(bootsteps.StartStopStep):
-    """At a worker's start, put back what its predecessor had taken and not finished.
-
-    Redis knows of no consumers: what a killed worker held would otherwise wait for the visibility timeout. Every
-    handler can bear a message twice, so it is safe also when another worker is still at work on it.
-    """
-
-    requires = ("celery.worker.consumer.connection:Connection",)
-
-    def __init__(self, consumer: Any, **options: Any) -> None:
-        super().__init__(consumer, **options)
-        self._done = False  # a reconnection starts the step again, with our own messages still in hand
-
-    def start(self, consumer: Any) -> None:
-        """Restore every unacknowledged message of this app's queue."""
-        if self._done:
-            return
-        self._done = True
-        with consumer.app.connection_for_write() as connection:
-            channel = connection.default_channel
-            tags = channel.client.zrange(channel.unacked_index_key, 0, -1)
-            for tag in tags:
-                channel.qos.restore_by_tag(tag)
-        if tags:
-            logger.info("Took up %s unfinished messages.", len(tags), extra={"action": "restore_messages"})
 
 
 def make_coordinator_app(settings: Settings) -> Celery:
@@ -147,16 +121,23 @@ def _make_app(name: str, settings: Settings, *, queue: str) -> Celery:
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,  # a broker that refuses (its memory or disk is full) is waited for, too
+        worker_consumer="common.consumer:PatientConsumer",
+        worker_enable_prefetch_count_reduction=False,  # the channel has its own count, made anew with it
         broker_transport_options={
             "visibility_timeout": settings.visibility_timeout_seconds,
             "unacked_key": f"unacked.{queue}",  # keys of its own, so that a site's broker user needs no others
             "unacked_index_key": f"unacked_index.{queue}",
             "unacked_mutex_key": f"unacked_mutex.{queue}",
             "socket_keepalive": True,
+            "socket_connect_timeout": _CONNECT_SECONDS,
+            "socket_timeout": _ANSWER_SECONDS,
             "health_check_interval": 15,
         },
         redis_socket_keepalive=True,
+        redis_socket_connect_timeout=_CONNECT_SECONDS,
+        redis_socket_timeout=_ANSWER_SECONDS,
         enable_utc=True,
     )
-    app.steps["consumer"].add(RestoreUnacknowledged)
+    app.steps["consumer"].add(TakeUpUnacknowledged)
     return app

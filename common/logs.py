@@ -7,6 +7,35 @@ from typing import Any, Literal
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _UNWANTED = frozenset({"data", "color_message"})  # Celery's copy of the sentence, and uvicorn's with escape sequences
+_NOISY = {  # loggers of others, and from which level on they are heard
+    "celery.worker.strategy": logging.WARNING,
+    "celery.app.trace": logging.WARNING,
+    "alembic": logging.WARNING,
+    "celery.worker.consumer.consumer": logging.ERROR,  # common/consumer.py says once what it says every time
+    "celery.backends.redis": logging.CRITICAL,  # each attempt; whoever asked says that the broker is away
+}
+_REPEAT_SECONDS = 60.0
+_MAX_REPEATED = 1000  # lines that are remembered
+
+
+class RepeatFilter(logging.Filter):
+    """Let a warning or error through once while it goes on being repeated, word for word, within a minute each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[tuple[str, str, str], float] = {}  # when a line was last wanted (monotonic), the oldest first
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the line is to be written; a handler asks under its lock."""
+        if record.levelno < logging.WARNING or record.exc_info:
+            return True
+        now = time.monotonic()
+        line = (record.name, record.getMessage(), str(_fields(record)))
+        last = self._seen.pop(line, None)
+        self._seen[line] = now
+        while len(self._seen) > _MAX_REPEATED:
+            del self._seen[next(iter(self._seen))]
+        return last is None or now - last > _REPEAT_SECONDS
 
 
 class TextFormatter(logging.Formatter):
@@ -47,9 +76,10 @@ def set_up_logs(level: str, style: Literal["text", "json"]) -> None:
     """Send every log line to standard error in the given style."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
+    handler.addFilter(RepeatFilter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    for noisy in ("celery.worker.strategy", "celery.app.trace", "alembic"):
-        logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+    for noisy, least in _NOISY.items():
+        logging.getLogger(noisy).setLevel(max(least, logging.getLevelName(level)))
 
 
 def _on_one_line(text: str) -> str:

@@ -1,21 +1,19 @@
 """Look at the broker: does it answer, may it forget messages, what lies on its queues."""
 
-import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
-from datetime import UTC, datetime
 from typing import Any
 
 from redis import Redis
 from redis.exceptions import ResponseError
 
 from common.broker import connect, hide_password, make_coordinator_app
+from common.dead_letters import dead_letter_key, read_dead_letters
 from common.errors import BrokerUnavailable
 from common.queues import COORDINATOR_QUEUE
 from common.settings import Settings
-from common.transport import dead_letter_key
 from coordinator.checks.finding import Finding, fault, ok, warning
 from coordinator.listeners import coordinator_workers
 from coordinator.owing import clock
@@ -143,26 +141,24 @@ def _dead_letters(client: Redis, keys: list[str]) -> Iterator[Finding]:
     """Tell of the elements that were no messages and were set aside."""
     found = False
     for key in keys:
+        queue = key.removesuffix(dead_letter_key(""))
         if not (count := int(client.llen(key))):
             continue
         found = True
         yield warning(
             "dead letters",
-            f"Set aside on {key}: {count}; the newest: {_newest(client, key)}",
-            f"Find out who writes to that queue; then read them with `LRANGE {key} 0 -1` and forget them with "
-            f"`DEL {key}` in redis-cli.",
+            f"Set aside on {key}: {count}; the newest: {_newest(client, queue)}",
+            f"Find out who writes to that queue: `fedchord dead-letters {queue}` lists them, "
+            f"`fedchord dead-letters --clear {queue}` forgets them.",
         )
     if not found:
         yield ok("dead letters", "No element of a queue was set aside.")
 
 
-def _newest(client: Redis, key: str) -> str:
-    newest: Any = client.lindex(key, 0)
-    try:
-        letter = json.loads(newest or b"{}")
-        return f"{letter['reason']} ({clock(datetime.fromtimestamp(letter['at'], UTC))})."
-    except (ValueError, TypeError, KeyError, OverflowError):  # somebody else wrote it
-        return "it does not say why."
+def _newest(client: Redis, queue: str) -> str:
+    for letter in read_dead_letters(client, queue, limit=1):
+        return f"{letter.reason} ({clock(letter.at)})." if letter.at else f"{letter.reason}."
+    return "it was just forgotten."
 
 
 def _latency(client: Redis) -> float:

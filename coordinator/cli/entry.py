@@ -33,6 +33,7 @@ _COMMANDS = {  # name -> (where it is defined, what it does)
     "why": ("coordinator.cli.why:why", "Say what a job waits for, since when and until when."),
     "doctor": ("coordinator.cli.doctor:doctor", "Check all that the coordinator needs, and say what to mend."),
     "quarantine": ("coordinator.cli.quarantine:quarantine", "List, show, release and refuse quarantined updates."),
+    "dead-letters": ("coordinator.cli.dead_letters:dead_letters", "List what was set aside from the queues."),
     "sites": ("coordinator.cli.sites:sites", "List, enroll, enable, disable and remove sites."),
     "keys": ("coordinator.cli.keys:keys", "Make a signing key, or show its public half."),
     "models": ("coordinator.cli.models:models", "List, show, put, get, keep and delete models."),

@@ -16,9 +16,9 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
+from common.dead_letters import set_aside
 from common.heartbeats import write_heartbeat
 from common.settings import Settings
-from common.transport import set_aside
 from coordinator.checks.broker import check_queues, judge_memory, judge_persistence
 from coordinator.checks.clocks import Skew, check_clocks, judge_clocks
 from coordinator.checks.database import check_database

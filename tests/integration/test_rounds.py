@@ -11,6 +11,7 @@ import msgpack
 import numpy as np
 import pytest
 
+from common.dead_letters import dead_letter_key
 from common.errors import Conflict, InvalidJobFile
 from common.messages import (
     ClientRemoved,
@@ -23,7 +24,6 @@ from common.messages import (
 )
 from common.queues import cancel_key
 from common.signing import SigningKey
-from common.transport import dead_letter_key
 from coordinator.jobs import JobState, find_jobs
 from coordinator.parts import Part
 from coordinator.progress import JobProgress, job_progress

@@ -35,6 +35,7 @@ def test_the_commands_are_those_that_the_reference_promises() -> None:
         "fedchord quarantine refuse",
         "fedchord quarantine release",
         "fedchord quarantine show",
+        "fedchord dead-letters",
         "fedchord sites",
         "fedchord sites add",
         "fedchord sites disable",
