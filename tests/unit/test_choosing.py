@@ -35,7 +35,8 @@ def found(names: str = "abcdefghij", **heartbeats: dict[str, object]) -> list[Ca
         ("abcdef", "f", "", "abcdef"),  # without the paused one they are none
         ("abcde", "", "", "abcdefghij"),  # too few: ask those as well that are away
         ("abcdefghij", "", "abcd", "efghij"),
-        ("abcde", "", "j", "abcde"),  # the answer that is awaited makes a quorum of them
+        ("abcdefg", "", "g", "abcdef"),
+        ("abcdef", "", "f", "abcdef"),  # without the busy one they are too few: a round waits for whom it has asked
         ("abcdefghij", "", "abcdefghij", "abcdefghij"),  # nobody is free: they do one part after the other
         ("", "", "", "abcdefghij"),
     ],

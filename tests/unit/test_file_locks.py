@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from store.file_locks import open_alone
+from tests.federation import wait_until
 
 HOLDER = """
 import os, sys, time
@@ -54,8 +55,7 @@ def test_a_killed_holder_gives_the_file_back_even_if_a_child_of_it_lives_on(tmp_
             holder.kill()
             holder.wait()
             os.kill(child, 0)  # it lives
-            file = open_alone(tmp_path / "file")
-            assert file is not None
+            file = wait_until(lambda: open_alone(tmp_path / "file"), what="the child to let go, once it runs")
             file.close()
         finally:
             os.kill(child, signal.SIGKILL)
