@@ -1,7 +1,6 @@
 """Options and fixtures of the chaos suite."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,12 @@ def table(pytestconfig: pytest.Config) -> Table:
 
 
 @pytest.fixture(scope="session")
-def seed(pytestconfig: pytest.Config) -> Iterator[int]:
+def seed(pytestconfig: pytest.Config) -> int:
     """Return what chance begins with; it is printed with what fails."""
     given = pytestconfig.getoption("chaos_seed", None)
     chosen = random.randrange(2**32) if given is None else given
     print(f"\n--chaos-seed {chosen}")
-    yield chosen
+    return chosen
 
 
 @pytest.fixture(scope="session")

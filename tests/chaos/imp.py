@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import redis
 
-_PAUSE_SECONDS = 0.005
+_PAUSE_SECONDS = 0.02
 # The queue is read, changed and written back while nobody else can do anything.
 _SCRIPT = """
 local changed = 0
@@ -32,7 +32,7 @@ for _, key in ipairs(KEYS) do
 end
 return changed
 """
-MOST_ELEMENTS = 60  # a queue that has so many is not doubled any more
+MOST_ELEMENTS = 12  # a queue that has so many is not doubled any more
 
 
 @contextmanager

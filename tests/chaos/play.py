@@ -1,13 +1,13 @@
 """A job in which everything happens once, played by scripted sites, and the plain loop that its model must equal.
 
-Four sites: delta declines the start. Round 1: all three others are in. Round 2: gamma's update holds a NaN. Round 3: beta
-fails. Round 4: gamma's update is 10⁶ times too far away, which shows only beside the others. Test rounds, moments at the
-end, and notices to everybody.
+Four sites: delta declines the start. Round 1: all three others are in. Round 2: gamma's update holds a NaN. Round 3:
+beta fails. Round 4: gamma's update is a million times too far away, which shows only beside the others. There are test
+rounds, moments at the end, and notices to everybody.
 """
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from queue import Empty
 from typing import Any
@@ -139,3 +139,19 @@ def check_played(made: Federation, job_id: str) -> None:
         *(("TRAINING_FINISHED", site) for site in SITES),
     ]
     assert all(notice["sent_at"] for notice in notices)
+
+
+def is_played(made: Federation, job_id: str) -> Callable[[], bool]:
+    """Return what asks whether the job is as it must be; the last thing to be recorded is that a notice was sent."""
+    end = time.monotonic() + 10
+
+    def ask() -> bool:
+        try:
+            check_played(made, job_id)
+        except AssertionError:
+            if time.monotonic() > end:
+                raise
+            return False
+        return True
+
+    return ask

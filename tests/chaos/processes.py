@@ -172,7 +172,9 @@ def site(made: Federation, name: str, **settings: Any) -> Program:
         **settings,
     }
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    lines.append(f"site_trainers = {{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in TRAINERS.items())} }}")
+    lines.append(
+        f"site_trainers = {{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in TRAINERS.items())} }}"
+    )
     (folder / "site.toml").write_text("\n".join(lines))
     return Program(
         arguments=["celery", "-A", "worker", "worker"],

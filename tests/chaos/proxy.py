@@ -1,11 +1,11 @@
 """A TCP proxy on the loopback address that does to a service's connections what networks do, changed while it runs.
 
-    with Proxy(port) as proxy:
-        proxy.refuse()      connections end with a reset, those that are there and those that come
-        proxy.hang()        connections are taken, and nothing moves
-        proxy.answer_503()  HTTP requests are read and answered with 503
-        proxy.degrade(bytes_per_second=…, cut_after_bytes=…)
-        proxy.restore()     all is well again
+with Proxy(port) as proxy:
+    proxy.refuse()      connections end with a reset, those that are there and those that come
+    proxy.hang()        connections are taken, and nothing moves
+    proxy.answer_503()  HTTP requests are read and answered with 503
+    proxy.degrade(bytes_per_second=…, cut_after_bytes=…)
+    proxy.restore()     all is well again
 """
 
 import random

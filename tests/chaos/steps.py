@@ -1,7 +1,7 @@
 """Kill the coordinator at point after point, start it again each time, and keep jobs going on meanwhile."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
@@ -32,7 +32,7 @@ def record_points(made: Federation) -> list[str]:
     with processes.running(recorded):
         job = submit(made.services, play.spec(made))
         made.wait(job.job_id, "completed", "failed", seconds=END_SECONDS)
-        wait_until(_is_played(made, job.job_id), what="the last notice")
+        wait_until(play.is_played(made, job.job_id), what="the last notice")
     return recorded.passed()
 
 
@@ -49,7 +49,7 @@ def disturb(made: Federation, targets: Iterable[tuple[str, int]]) -> Disturbed:
         with patch("coordinator.quarantine._PATIENCE_SECONDS", 0):  # the hourly look, now
             keep_quarantine(made.services)
         for job_id in done.jobs:
-            wait_until(_is_played(made, job_id), what="the last notice")
+            wait_until(play.is_played(made, job_id), what="the last notice")
     finally:
         program.end()
     done.points = program.passed()
@@ -73,19 +73,3 @@ def _hit(made: Federation, program: Program, point: str, number: int, done: Dist
         program.spare()
         program.kill()
         done.missed.append(point)
-
-
-def _is_played(made: Federation, job_id: str) -> Callable[[], bool]:
-    """Return what asks whether the job is as it must be; the last thing to be recorded is that a notice was sent."""
-    end = time.monotonic() + 10
-
-    def ask() -> bool:
-        try:
-            play.check_played(made, job_id)
-        except AssertionError:
-            if time.monotonic() > end:
-                raise
-            return False
-        return True
-
-    return ask

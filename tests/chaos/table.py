@@ -1,4 +1,4 @@
-"""What the suite found: fault × moment × outcome × runs, collected while it runs, printed and written at its end.
+"""What the suite found: faults, moments, outcomes and how often; collected while it runs, written at its end.
 
     python -m tests.chaos.table FOLDER     print the rows in the folder's files, and write docs/reliability.md
 

@@ -1,0 +1,105 @@
+"""The broker, the database, the disk or the right time is away for a while: everybody waits and goes on."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.chaos.services import locked
+from tests.chaos.stages import Stage, pass_time, stage
+from tests.chaos.table import Table, failed_at_once
+
+SITES = ("alpha", "beta")
+ROUNDS = 14
+BEGIN = 4  # the round in which the fault begins
+MOST_BYTES = 2_000_000  # of a file on a full disk: less than a model has, more than a log
+
+
+@pytest.fixture(scope="module")
+def lent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    with stage(tmp_path_factory.mktemp("away"), *SITES) as made:
+        yield made
+
+
+@pytest.fixture
+def here(lent: Stage) -> Stage:
+    """Lend the same processes to each test, all of them alive."""
+    lent.revive()
+    return lent
+
+
+def test_a_broker_that_loses_everything(here: Stage, table: Table) -> None:
+    job = here.submit(rounds=ROUNDS)
+    for number in (BEGIN, BEGIN + 4):
+        here.wait_round(job, number)
+        here.broker.kill()
+        here.broker.start()
+    here.check(job)
+    table.record("broker killed, and back with nothing", "in mid-round, twice")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("how", "mode"), [("refuses", "refuse"), ("does not answer", "hang")])
+def test_a_broker_that_is_away(here: Stage, table: Table, away_seconds: float, how: str, mode: str) -> None:
+    job = here.submit(rounds=ROUNDS)
+    here.wait_round(job, BEGIN)
+    getattr(here.broker_proxy, mode)()
+    pass_time(away_seconds)
+    here.broker_proxy.restore()
+    here.check(job)
+    table.record(f"broker {how} for {away_seconds:g} s", "in mid-round")
+
+
+@pytest.mark.timeout(300)
+def test_a_database_that_is_locked(here: Stage, table: Table, away_seconds: float) -> None:
+    job = here.submit(rounds=ROUNDS)
+    here.wait_round(job, BEGIN)
+    with locked(here.made.folder / "fedchord.db"):
+        pass_time(away_seconds)
+    here.check(job)
+    table.record(f"SQLite locked for {away_seconds:g} s", "in mid-round")
+
+
+@pytest.mark.timeout(300)
+def test_a_disk_of_the_coordinator_that_is_full(here: Stage, table: Table, away_seconds: float) -> None:
+    job = here.submit(rounds=ROUNDS, config={"megabytes": 4})
+    here.wait_round(job, BEGIN)
+    here.coordinators["first"].fill_disk(MOST_BYTES)
+    pass_time(away_seconds)
+    here.coordinators["first"].fill_disk(None)
+    here.check(job)
+    table.record(f"coordinator's disk full for {away_seconds:g} s", "in mid-round")
+
+
+def test_a_disk_of_a_site_that_is_full(here: Stage, table: Table) -> None:
+    job = here.submit(rounds=ROUNDS, config={"megabytes": 4}, min_sites=1)
+    here.wait_round(job, BEGIN)
+    here.sites["beta"].fill_disk(MOST_BYTES)
+    here.wait_round(job, BEGIN + 4)
+    here.sites["beta"].fill_disk(None)
+    here.check(job)
+    table.record("a site's disk full", "in mid-round, the others are a quorum")
+
+
+def test_a_disk_of_a_site_that_is_needed_is_full(here: Stage, table: Table) -> None:
+    job = here.submit(rounds=ROUNDS, config={"megabytes": 4})
+    here.wait_round(job, BEGIN)
+    here.sites["beta"].fill_disk(MOST_BYTES)
+    ended = here.made.wait(job.job_id, "completed", "failed")
+    here.sites["beta"].fill_disk(None)
+    assert re.search(r"beta failed: The disk of .* is full .*; free some space and try again", ended.reason)
+    outcome = failed_at_once("“beta failed: The disk of … is full; free some space and try again.”")
+    table.record("a site's disk full", "in mid-round, the site is needed for the quorum", outcome)
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_clock_that_jumps(here: Stage, table: Table, hours: int) -> None:
+    job = here.submit(rounds=ROUNDS)
+    here.wait_round(job, BEGIN)
+    here.coordinators["first"].set_clock(hours * 3600)
+    here.wait_round(job, BEGIN + 5)
+    here.coordinators["first"].set_clock(0)
+    here.check(job)
+    table.record(
+        f"coordinator's clock jumps by {hours:+d} h, and back", "in mid-round, the deadline being farther away"
+    )
