@@ -7,21 +7,25 @@ rounds, moments at the end, and notices to everybody.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from queue import Empty
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 from common.messages import ModelTestRound, PartDeclined, SwagRoundStart, TrainingStart, UpdateReady, UpdateRoundStart
 from coordinator.aggregation import shares
 from coordinator.jobs import JobState
-from coordinator.quarantine import find_entries
+from coordinator.quarantine import find_entries, keep_quarantine
+from coordinator.submitting import submit
 from store.database import reading
 from store.models import find_models
 from store.tables import outbox
-from tests.federation import Federation, ScriptedSite, Tensors
+from tests.chaos import processes
+from tests.chaos.steps import Disturbed, Target, disturb
+from tests.federation import Federation, ScriptedSite, Tensors, wait_until
 from tests.integration.test_recovery import train
 
 SITES = ("alpha", "beta", "delta", "gamma")
@@ -110,6 +114,30 @@ def spec(made: Federation, **changes: Any) -> Any:
     """Return the play's job."""
     values = {"rounds": ROUNDS, "test_every": 2, "swag": True, "min_sites": 2, "round_deadline_seconds": 600}
     return made.spec(**{**values, **changes})
+
+
+def record_points(made: Federation) -> list[str]:
+    """Play one job undisturbed; return the points that its coordinator passes."""
+    recorded = processes.coordinator(made, "recorded")
+    with processes.running(recorded):
+        job = submit(made.services, spec(made))
+        made.wait(job.job_id, "completed", "failed", seconds=60)
+        wait_until(is_played(made, job.job_id), what="the last notice")
+    return recorded.passed()
+
+
+def disturb_coordinator(made: Federation, targets: Iterable[Target]) -> Disturbed:
+    """Kill a coordinator at each target while the play goes on; check every job."""
+    program = processes.coordinator(made)
+    try:
+        done = disturb(made, program, targets, lambda: submit(made.services, spec(made)).job_id)
+        with patch("coordinator.quarantine._PATIENCE_SECONDS", 0):  # the hourly look, now
+            keep_quarantine(made.services)
+        for job_id in done.jobs:
+            wait_until(is_played(made, job_id), what="the last notice")
+    finally:
+        program.end()
+    return done
 
 
 def check_played(made: Federation, job_id: str) -> None:

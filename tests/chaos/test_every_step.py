@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos import play
-from tests.chaos.steps import disturb, record_points
+from tests.chaos.steps import Target
 from tests.chaos.table import Table
 from tests.federation import federation
 
@@ -17,12 +17,12 @@ SHORT = 12  # points that are tried in `make test`
 def test_a_coordinator_killed_at_any_step_changes_no_bit(tmp_path: Path, full: bool, seed: int, table: Table) -> None:
     chance = random.Random(seed)
     with federation(tmp_path, *play.SITES) as made, play.playing(made):
-        points = record_points(made)
+        points = play.record_points(made)
         if full:
-            targets = [(point, 1) for point in points] + [(point, chance.randint(2, 5)) for point in points]
+            targets = [Target(point=point, number=number) for number in (1, chance.randint(2, 5)) for point in points]
         else:
-            targets = [(point, chance.randint(1, 3)) for point in chance.sample(points, SHORT)]
-        done = disturb(made, targets)
+            targets = [Target(point=point, number=chance.randint(1, 3)) for point in chance.sample(points, SHORT)]
+        done = play.disturb_coordinator(made, targets)
     assert done.missed == []
-    for point in done.hit:
-        table.record("coordinator killed (SQLite, folder)", point)
+    for target in done.hit:
+        table.record("coordinator killed (SQLite, folder)", target.point)

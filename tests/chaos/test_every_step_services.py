@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos import play
-from tests.chaos.steps import disturb, record_points
+from tests.chaos.steps import Target
 from tests.chaos.table import Table
 from tests.contract.postgres import PostgresServer
 from tests.federation import federation
@@ -24,9 +24,10 @@ def test_a_coordinator_killed_at_any_step_changes_no_bit_over_services(
     with PostgresServer() as database, seaweedfs() as server:
         settings = {"cache_folder": str(tmp_path / "cache"), "database_url": database.new_database()}
         with federation(tmp_path, *play.SITES, **s3_settings(server, "jobs"), **settings) as made, play.playing(made):
-            points = record_points(made)
+            points = play.record_points(made)
             chosen = points if full else chance.sample(points, SHORT)
-            done = disturb(made, [(point, 1 if full else chance.randint(1, 3)) for point in chosen])
+            targets = [Target(point=point, number=1 if full else chance.randint(1, 3)) for point in chosen]
+            done = play.disturb_coordinator(made, targets)
     assert done.missed == []
-    for point in done.hit:
-        table.record("coordinator killed (PostgreSQL, S3)", point)
+    for target in done.hit:
+        table.record("coordinator killed (PostgreSQL, S3)", target.point)

@@ -14,7 +14,7 @@ from coordinator.submitting import submit
 from tests.chaos import processes
 from tests.chaos.invariants import accepted_sites, check_always, check_ended
 from tests.chaos.processes import Program
-from tests.chaos.table import Table
+from tests.chaos.table import Table, failed_at_once
 from tests.federation import Federation, federation, wait_until
 
 NAMES = ("alpha", "beta", "gamma")
@@ -29,14 +29,16 @@ class Fleet:
     sites: dict[str, Program]
     notes: Path
 
-    def submit(self, *, rounds: int = ROUNDS, seconds: float = 0.4, deadline_seconds: float = 60) -> Job:
+    def submit(
+        self, *, rounds: int = ROUNDS, seconds: float = 0.4, deadline_seconds: float = 60, min_sites: int = 2
+    ) -> Job:
         """Submit a job whose rounds take so long."""
         return submit(
             self.made.services,
             self.made.spec(
                 trainer="slow",
                 rounds=rounds,
-                min_sites=2,
+                min_sites=min_sites,
                 round_deadline_seconds=deadline_seconds,
                 config={"seconds": seconds, "notes": str(self.notes)},
             ),
@@ -113,7 +115,27 @@ def test_a_site_that_never_comes_back_is_not_waited_for_beyond_the_deadline(flee
     fleet.sites["beta"].kill()
     accepted = finish(fleet, job)
     assert accepted == {1: NAMES, 2: ("alpha", "gamma"), 3: ("alpha", "gamma")}
-    table.record("a site killed", "while it trains, for ever", "the job finished with the model of those who answered")
+    table.record("a site killed, and gone for ever", "while it trains, the others are a quorum")
+
+
+def test_a_site_that_is_needed_and_never_comes_back_is_named(fleet: Fleet, table: Table) -> None:
+    job = fleet.submit(deadline_seconds=3, min_sites=3)
+    fleet.wait_training("beta", 2)
+    fleet.sites["beta"].kill()
+    ended = fleet.made.wait(job.job_id, "completed", "failed")
+    assert "the quorum is 3. beta dropped: no answer before the deadline" in ended.reason
+    outcome = failed_at_once("“the quorum is 3. beta dropped: no answer before the deadline”")
+    table.record("a site killed, and gone for ever", "while it trains, needed for the quorum; at the deadline", outcome)
+
+
+def test_a_part_that_kills_its_process_again_and_again_fails(fleet: Fleet, table: Table) -> None:
+    job = fleet.submit(seconds=2)
+    for number in (1, 2, 3):
+        wait_until(lambda number=number: fleet.began("beta").count(1) == number, seconds=60, what="beta to begin")
+        fleet.sites["beta"].kill_child()
+    accepted = finish(fleet, job)
+    assert accepted == {1: ("alpha", "gamma"), 2: NAMES, 3: NAMES}
+    table.record("the site's process at work killed, three times in a row", "while it trains, the others are a quorum")
 
 
 def test_a_site_that_stands_still_for_a_while_counts_all_the_same(fleet: Fleet, table: Table) -> None:
@@ -140,4 +162,4 @@ def test_a_site_that_comes_in_mid_job_takes_part_from_the_next_round_on(fleet: F
     accepted = finish(fleet, job, rounds=4)
     assert accepted[1] == ("alpha", "beta")
     assert accepted[4] == NAMES
-    table.record("a site comes later", "in mid-job", "the job finished with the model of those who answered")
+    table.record("a site comes later", "in mid-job")
