@@ -4,8 +4,8 @@
 
 Two coordinators and four sites, all processes, run job after job, some at once. Again and again something is killed,
 stopped, cut off, locked, filled up or shuffled, and comes back; after each time the records are checked. At the end
-every job must have ended with the plain loop's model, to the bit. The same seed gives the same faults in the same order;
-the moments differ by how fast the machine is.
+every job must have ended with the plain loop's model, to the bit. The same seed gives the same faults in one order; the
+moments differ by how fast the machine is.
 """
 
 import random

@@ -1,12 +1,12 @@
 """Kill a program at point after point, start it again each time, and keep jobs going on meanwhile."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.jobs import LIVE
 from tests.chaos.processes import Program
-from tests.federation import Federation
+from tests.federation import Federation, wait_until
 
 REACH_SECONDS = 30.0  # for a point, the process's start included
 END_SECONDS = 60.0
@@ -46,11 +46,13 @@ def disturb(
     return done
 
 
-def _end_jobs(made: Federation, program: Program, jobs: Iterable[str]) -> None:
-    if not program.is_running:
-        program.start()
-    for job_id in jobs:
-        made.wait(job_id, "completed", "failed", "aborted", seconds=END_SECONDS)
+def _end_jobs(made: Federation, program: Program, jobs: Sequence[str]) -> None:
+    def have_ended() -> bool:
+        if not program.is_running:  # the last target may have been in the parent, which takes a moment to end
+            program.start()
+        return not any(made.job(job_id).state in LIVE for job_id in jobs)
+
+    wait_until(have_ended, seconds=END_SECONDS, what="the jobs to end")
 
 
 def _hit(made: Federation, program: Program, target: Target, submit: Callable[[], str], done: Disturbed) -> None:
