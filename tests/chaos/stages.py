@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coordinator.closing import alive_sites
 from coordinator.jobs import Job
 from coordinator.submitting import submit
 from tests.chaos import processes
@@ -44,9 +43,7 @@ class Stage:
             if not program.is_running:
                 program.start()
         names = tuple(self.sites)
-        wait_until(
-            lambda: alive_sites(self.made.services, names) == set(names), seconds=60, what="all sites to be alive"
-        )
+        wait_until(lambda: self.made.alive() == set(names), seconds=60, what="all sites to be alive")
 
     def submit(self, *, rounds: int, **changes: Any) -> Job:
         """Submit a job in which every site must answer every round, unless the changes say otherwise."""

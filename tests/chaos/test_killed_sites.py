@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.closing import alive_sites
 from coordinator.jobs import Job
 from coordinator.submitting import submit
 from tests.chaos import processes
@@ -73,7 +72,7 @@ def fleet(lent: Fleet) -> Fleet:
     for program in lent.sites.values():
         if not program.is_running:
             program.start()
-    wait_until(lambda: alive_sites(lent.made.services, NAMES) == set(NAMES), seconds=60, what="all sites to be alive")
+    wait_until(lambda: lent.made.alive() == set(NAMES), seconds=60, what="all sites to be alive")
     for path in lent.notes.iterdir():
         path.unlink()
     return lent
@@ -150,7 +149,7 @@ def test_a_site_that_stands_still_for_a_while_counts_all_the_same(fleet: Fleet, 
 
 def wait_for_silence(fleet: Fleet, site: str) -> None:
     """Wait until the site counts as gone."""
-    wait_until(lambda: site not in alive_sites(fleet.made.services, NAMES), seconds=30, what=f"{site} to be silent")
+    wait_until(lambda: site not in fleet.made.alive(), seconds=30, what=f"{site} to be silent")
 
 
 def test_a_site_that_comes_in_mid_job_takes_part_from_the_next_round_on(fleet: Fleet, table: Table) -> None:
