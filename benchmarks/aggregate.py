@@ -17,7 +17,7 @@ import psutil
 from numpy.typing import NDArray
 
 from benchmarks.report import median, report
-from coordinator.aggregation import BLOCK_ELEMENTS, aggregate, default_threads
+from coordinator.aggregation import BLOCK_ELEMENTS, Contribution, aggregate, default_threads
 from coordinator.strategies.fedavg import FedAvg
 from store.folder import FolderStore
 from store.pieces import WeightsReader, WeightsWriter
@@ -81,8 +81,9 @@ def main(updates: int, megabytes: int, runs: int, as_json: bool) -> None:
         def ours() -> None:
             with ExitStack() as stack:
                 sources = [stack.enter_context(WeightsReader(store, weights)) for weights in stored]
+                contributions = [Contribution(update=source, num_examples=1) for source in sources]
                 target = stack.enter_context(WeightsWriter(store, stored[0].schema, _SHARD_BYTES))
-                aggregate(FedAvg(), stored[0].schema, sources, [1] * updates, target)
+                aggregate(FedAvg(), stored[0].schema, contributions, target)
 
         ours()
         memory = (psutil.Process().memory_info().rss - before) / 1e6

@@ -67,6 +67,11 @@ def heartbeat_key(site: str) -> str:
     return f"{site_queue(site)}.heartbeat"
 
 
-def cancel_key(site: str, job_id: str) -> str:
-    """Return the broker key whose presence tells the site to stop working for the job."""
-    return f"{site_queue(site)}.cancelled.{job_id}"
+def progress_key(site: str, task_id: str) -> str:
+    """Return the broker key that holds how far the site is with a part."""
+    return f"{site_queue(site)}.progress.{task_id}"
+
+
+def cancel_key(site: str, wanted_id: str) -> str:
+    """Return the broker key whose presence tells the site to stop working for the job, or for the part, of the id."""
+    return f"{site_queue(site)}.cancelled.{wanted_id}"

@@ -86,6 +86,11 @@ class Settings(BaseSettings):
     quarantine_days: float = Field(
         14.0, gt=0, description="How long the bytes of a quarantined update are kept unless a person decides, in days."
     )
+    choosers: dict[str, str] = Field(
+        {},
+        description='Functions of your own that choose whom a round asks: name = "module:function"; a job file names '
+        "one as [participation] choose.",
+    )
     coordinator_threads: int = Field(4, ge=1, description="How many messages a coordinator worker handles at once.")
 
     # The model store's service

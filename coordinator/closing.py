@@ -1,45 +1,39 @@
 """The chord's callback: put a round's answers together, record what came of it, plan and send the next round."""
 
 import logging
-import resource
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
 
 from sqlalchemy import Connection
 
-from common.errors import FedChordError, Unavailable
-from common.heartbeats import read_heartbeats
+from common.errors import Conflict, FedChordError, Unavailable
+from common.heartbeats import Heartbeat, read_heartbeats
 from common.queues import Kind
-from coordinator.aggregation import aggregate, weighted_metrics
+from coordinator.aggregation import weighted_metrics
+from coordinator.combining import make_model
 from coordinator.dispatch import publish_round, send_notices
 from coordinator.jobs import LIVE, Job, JobState, change_job, get_job, lock_job
 from coordinator.lease import held_round
-from coordinator.model_weights import model_weights
+from coordinator.letting_go import cancel_parts
+from coordinator.members import note_answers, set_left
 from coordinator.norms import find_outliers
 from coordinator.outbox import add_notices
-from coordinator.planning import Step, finish, plan_next
+from coordinator.parts import Part, find_carried, find_parts
+from coordinator.planning import Step, finish, let_stale_go, plan_next
 from coordinator.quarantine import set_aside
-from coordinator.rounds import (
-    Part,
-    PartState,
-    Round,
-    RoundKind,
-    RoundState,
-    close_round,
-    find_parts,
-    get_round,
-)
+from coordinator.rounds import Round, close_round, forgive_claim, get_round
 from coordinator.services import Services
+from coordinator.states import PartState, RoundKind, RoundState
 from store.database import reading, writing
-from store.index import Weights
-from store.models import ModelInfo, ModelState, add_model, get_models, set_metrics
-from store.pieces import WeightsReader, WeightsWriter
-from store.tables import utc_now
+from store.models import add_model, set_metrics
+from store.parties import sites as enrolled_sites
 
 logger = logging.getLogger(__name__)
+
+_MOST_CLAIMS = 10  # a round whose aggregation has ended its process so often ends the job
 
 
 def settle_round(services: Services, round_id: str) -> None:
@@ -52,10 +46,15 @@ def settle_round(services: Services, round_id: str) -> None:
             round_ = get_round(connection, round_id)
             job = get_job(connection, round_.job_id)
             parts = find_parts(connection, round_id)
+            carried = find_carried(connection, job.job_id, round_id) if job.spec.late.policy == "keep" else []
         try:
-            following = _settle(services, owner, job, round_, parts)
+            if round_.claims > _MOST_CLAIMS:
+                raise Conflict(_too_often())
+            following = _settle(services, owner, job, round_, parts, carried)
         except Unavailable:
-            raise  # the lease runs out, and whoever is next tries again
+            with suppress(Unavailable), writing(services.engine) as connection:
+                forgive_claim(connection, round_id, owner)
+            raise
         except Exception as error:
             logger.exception("Round %s cannot be aggregated.", round_id, extra={"action": "aggregation_failed"})
             said = error.message if isinstance(error, FedChordError) else f"{type(error).__name__}: {error}"
@@ -71,35 +70,39 @@ def start_job(services: Services, job_id: str) -> None:
     with reading(services.engine) as connection:
         job = get_job(connection, job_id)
     if job.state is JobState.SUBMITTED:
-        alive = alive_sites(services, job.sites)
+        alive = alive_sites(services, job)
         with writing(services.engine) as connection:
-            first = plan_next(connection, job, None, alive=alive)
+            first = plan_next(connection, job, None, alive=alive, choosers=services.settings.choosers)
         if first is not None:
             publish_round(services, first.round_id)
     send_notices(services)
 
 
-def alive_sites(services: Services, sites: Sequence[str]) -> frozenset[str]:
-    """Return the sites whose heartbeat has not run out."""
-    return frozenset(read_heartbeats(services.broker, sites))
+def alive_sites(services: Services, job: Job) -> dict[str, Heartbeat]:
+    """Return the heartbeats that have not run out, of the job's sites and of those that may join it."""
+    sites = set(job.sites)
+    if job.spec.participation.join:
+        with reading(services.engine) as connection:
+            sites |= {party.site for party in enrolled_sites(connection, enabled=True) if party.site}
+    return read_heartbeats(services.broker, sorted(sites))
 
 
-def _settle(services: Services, owner: str, job: Job, round_: Round, parts: Sequence[Part]) -> Round | None:
-    verdicts = _outliers(job, parts)
-    outliers = [part for part in parts if part.site in verdicts]
-    parts = [
-        replace(part, state=PartState.QUARANTINED, reason=verdicts[part.site]) if part.site in verdicts else part
-        for part in parts
-    ]
-    accepted = [part for part in parts if part.state is PartState.ACCEPTED]
+def _settle(
+    services: Services, owner: str, job: Job, round_: Round, own: Sequence[Part], carried: Sequence[Part]
+) -> Round | None:
+    verdicts = _outliers(job, [*own, *carried])
+    outliers = [part for part in (*own, *carried) if part.task_id in verdicts]
+    parts, carried = _judged(own, verdicts), _judged(carried, verdicts)
+    accepted = [part for part in (*carried, *parts) if part.state is PartState.ACCEPTED]
+    accepted.sort(key=lambda part: part.site)  # of one site's two the older stays first
     if round_.kind is not RoundKind.TEST and len(accepted) < job.quorum:
-        _fail(services, owner, job, round_, no_quorum(job, round_, parts), outliers, verdicts)
+        _fail(services, owner, job, round_, no_quorum(job, round_, parts, carried), outliers, verdicts)
         return None
     started = time.monotonic()
-    model = _make_model(services, job, round_, accepted)
+    made = make_model(services, job, round_, accepted)
     examples = [part.num_examples or 0 for part in accepted]
     metrics = weighted_metrics([part.metrics for part in accepted], examples)
-    alive = alive_sites(services, job.sites)
+    alive = alive_sites(services, job)
     answered_at = max((part.answered_at for part in parts if part.answered_at), default=round_.created_at)
     seconds = {
         "collecting": (answered_at - round_.created_at).total_seconds(),
@@ -112,100 +115,60 @@ def _settle(services: Services, owner: str, job: Job, round_: Round, parts: Sequ
             round_.round_id,
             owner,
             RoundState.CLOSED,
-            output_model_id=model.model_id if model else None,
+            output_model_id=made.model.model_id if made else None,
             metrics=metrics,
             seconds=seconds,
         )
         if not closed:
             return None
         for part in outliers:
-            set_aside(connection, part, verdicts[part.site])
-        if model is not None and round_.kind is not RoundKind.START:
-            add_model(connection, model)
-        if model is not None and round_.kind is not RoundKind.SWAG:
-            change_job(connection, job.job_id, expected=LIVE, model_id=model.model_id)
+            set_aside(connection, part, verdicts[part.task_id])
+        if made is not None and round_.kind is not RoundKind.START:
+            for each in (*made.also, made.model):
+                add_model(connection, each)
+        if made is not None and round_.kind is not RoundKind.SWAG:
+            change_job(connection, job.job_id, expected=LIVE, model_id=made.model.model_id)
         if round_.kind is RoundKind.TEST and round_.input_model_id and metrics:
             set_metrics(connection, round_.input_model_id, metrics)
         _remove_unwilling(connection, job, round_, parts)
+        if round_.kind is not RoundKind.START:
+            note_answers(connection, job, [*carried, *parts])
         job = get_job(connection, job.job_id)
-        following = plan_next(connection, job, Step(kind=round_.kind, number=round_.number), alive=alive)
+        last = Step(kind=round_.kind, number=round_.number)
+        stale = let_stale_go(connection, job, last)
+        following = plan_next(connection, job, last, alive=alive, choosers=services.settings.choosers)
+    if stale:
+        cancel_parts(services, stale, services.settings.reference_seconds)
     logger.info(
         "Closed %s of job %s with %s of %s sites.",
         round_.title,
         job.name,
         len(accepted),
-        len(parts),
+        len(parts) + len(carried),
         extra={"action": "close_round", "job": job.job_id, "round": round_.round_id, "metrics": metrics},
     )
     return following
 
 
+def _judged(parts: Sequence[Part], verdicts: Mapping[str, str]) -> list[Part]:
+    """Return the parts, with those that there is a verdict on as quarantined."""
+    return [
+        replace(part, state=PartState.QUARANTINED, reason=verdicts[part.task_id]) if part.task_id in verdicts else part
+        for part in parts
+    ]
+
+
 def _outliers(job: Job, parts: Sequence[Part]) -> dict[str, str]:
-    """Return why an update must not be aggregated, by site.
+    """Return why an update must not be aggregated, by the task id of its part.
 
     It is found from what the gate has recorded, so that whoever takes the round up after a crash finds the same.
     """
     distances = {
-        part.site: (part.update_norm, part.global_norm or 0.0)
+        part.task_id: (part.update_norm, part.global_norm or 0.0)
         for part in parts
         if part.state is PartState.ACCEPTED and part.update_norm is not None and not part.released
     }
     return find_outliers(distances, job.spec.gate.outlier_score)
-
-
-def _make_model(services: Services, job: Job, round_: Round, accepted: Sequence[Part]) -> ModelInfo | None:
-    """Return the model that came of the round: aggregated, or built by a site; None after a test."""
-    if round_.kind is RoundKind.TEST:
-        return None
-    with reading(services.engine) as connection:
-        updates = get_models(connection, [part.model_id for part in accepted if part.model_id is not None])
-    if round_.kind is RoundKind.START:
-        return updates[0] if updates else None
-    weights = aggregate_updates(services, job, updates)
-    kind = "moments" if round_.kind is RoundKind.SWAG else "global"
-    return ModelInfo(
-        store=job.model_store,
-        model_kind=kind,
-        model_description=f"{job.name}: {kind} after {round_.title}",
-        model_meta={
-            "trainer": job.spec.trainer,
-            "strategy": job.spec.strategy.model_dump(),
-            "sites": [update.site for update in updates],
-        },
-        model_state=ModelState.AGGREGATED,
-        model_hash=weights.index.digest,
-        index_hash=weights.index.digest,
-        model_size=weights.size,
-        round=round_.number,
-        start_datetime=round_.created_at,
-        end_datetime=utc_now(),
-        parents=tuple(id_ for id_ in (round_.input_model_id, *(update.model_id for update in updates)) if id_),
-        job_id=job.job_id,
-        num_examples=sum(update.num_examples or 0 for update in updates),
-        metrics=weighted_metrics([part.metrics for part in accepted], [part.num_examples or 0 for part in accepted]),
-        shards=weights.shards,
-    )
-
-
-def aggregate_updates(services: Services, job: Job, updates: Sequence[ModelInfo]) -> Weights:
-    """Store what the job's strategy makes of the updates, in bounded pieces and in their order; return it."""
-    weights = [model_weights(services.blobs, update) for update in updates]
-    schema = weights[0].schema
-    examples = [update.num_examples or 0 for update in updates]
-    _allow_open_files(2 * len(weights) + 256)  # each update's shard, and the next one while threads are between the two
-    with ExitStack() as stack:
-        sources = [stack.enter_context(WeightsReader(services.blobs, each)) for each in weights]
-        target = stack.enter_context(WeightsWriter(services.blobs, schema, services.settings.shard_bytes))
-        aggregate(job.spec.strategy.make(), schema, sources, examples, target)
-        return target.finish()
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise this process's own limit of open files if it is lower and the system lets us."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < count and soft != resource.RLIM_INFINITY:
-        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _remove_unwilling(connection: Connection, job: Job, round_: Round, parts: Sequence[Part]) -> None:
@@ -215,6 +178,7 @@ def _remove_unwilling(connection: Connection, job: Job, round_: Round, parts: Se
     for part in parts:
         if part.state is PartState.DECLINED:
             add_notices(connection, Kind.CLIENT_REMOVED, job.job_id, (part.site,), part.reason)
+            set_left(connection, job, part.site, f"it declined the start: {part.reason}")
     removed = {part.site for part in parts if part.state is PartState.DECLINED}
     if removed:
         left = [site for site in job.sites if site not in removed]
@@ -235,15 +199,23 @@ def _fail(
         if not close_round(connection, round_.round_id, owner, RoundState.FAILED, reason=reason):
             return
         for part in outliers:
-            set_aside(connection, part, verdicts[part.site])
+            set_aside(connection, part, verdicts[part.task_id])
         finish(connection, job, JobState.FAILED, reason)
     logger.error(
         "Job %s failed: %s", job.name, reason, extra={"action": "fail_job", "job": job.job_id, "round": round_.round_id}
     )
 
 
-def no_quorum(job: Job, round_: Round, parts: Sequence[Part]) -> str:
+def _too_often() -> str:
+    return (
+        f"it was begun {_MOST_CLAIMS} times, and each time the process ended, perhaps for want of memory; look at the "
+        "coordinator's log and the machine, and submit the job again from its last model."
+    )
+
+
+def no_quorum(job: Job, round_: Round, parts: Sequence[Part], carried: Sequence[Part] = ()) -> str:
     """Return why the round cannot count: who answered what."""
+    parts = [*parts, *carried]
     accepted = sum(part.state is PartState.ACCEPTED for part in parts)
     others = "; ".join(
         f"{part.site} {part.state}: {part.reason.rstrip('.')}" for part in parts if part.state is not PartState.ACCEPTED

@@ -29,22 +29,15 @@ from common.messages import (
     UpdateRoundStart,
 )
 from common.queues import COORDINATOR_QUEUE, SITE_TASKS, CoordinatorTask, Kind, site_queue
+from coordinator.asked import builder
 from coordinator.jobs import Job, get_job
 from coordinator.model_weights import index_digest, model_weights
 from coordinator.outbox import find_notices, mark_sent
-from coordinator.rounds import (
-    MESSAGE_KINDS,
-    Part,
-    Round,
-    RoundKind,
-    RoundState,
-    body_task_id,
-    builder,
-    find_parts,
-    get_round,
-    mark_published,
-)
+from coordinator.parts import Part, find_parts, raise_attempt
+from coordinator.planning import gives_up_at
+from coordinator.rounds import Round, body_task_id, get_round, mark_published
 from coordinator.services import Services
+from coordinator.states import MESSAGE_KINDS, RoundKind, RoundState
 from store.database import reading, writing
 from store.index import plan_shards
 from store.models import ModelInfo, get_model
@@ -94,12 +87,15 @@ def publish_round(services: Services, round_id: str) -> None:
 def publish_again(services: Services, part: Part) -> None:
     """Send one part's message again, to a site whose answer, or whose question, seems to be lost.
 
-    A site that has answered keeps a receipt and sends the same answer, so nothing is done twice.
+    A site that has answered keeps a receipt and sends the same answer, so nothing is done twice. Each time has a higher
+    attempt: should somebody after all be at work on an earlier one, the two do not write to the same places.
     """
-    round_, signatures = _signatures(services, part.round_id, only=part.site)
-    if round_.state is RoundState.OPEN:
-        with _sending(f"Part {part.task_id}"):
-            signatures[part.site].apply_async()
+    with writing(services.engine) as connection:
+        if not raise_attempt(connection, part):
+            return
+    _, signatures = _signatures(services, part.round_id, only=part.site)
+    with _sending(f"Part {part.task_id}"):
+        signatures[part.site].apply_async()
 
 
 def complete_part(services: Services, round_id: str, part: Part) -> None:
@@ -159,7 +155,7 @@ def _signatures(
         job = get_job(connection, round_.job_id)
         parts = find_parts(connection, round_id)
         model = get_model(connection, round_.input_model_id) if round_.input_model_id is not None else None
-    seconds = _reference_seconds(round_)
+    seconds = _reference_seconds(job, round_)
     reference = _reference(services, model, seconds) if model is not None else None
     num_shards = _count_shards(services, model) if model is not None and round_.kind is RoundKind.TRAIN else 0
     builds = builder(round_, parts)
@@ -194,7 +190,7 @@ def _part_signature(
         "round": round_.number,
         "task_id": part.task_id,
         "attempt": part.attempt,
-        "deadline_at": round_.deadline_at.timestamp(),
+        "deadline_at": gives_up_at(job, round_).timestamp(),
         "trainer": job.spec.trainer,
         "config": {**job.spec.config, **job.spec.strategy.make().trainer_config()},
         "seed": job.spec.seed,
@@ -279,6 +275,6 @@ def _final_model(services: Services, job: Job) -> ModelReference | None:
         return None
 
 
-def _reference_seconds(round_: Round) -> int:
-    """Return how long a round's references are needed; `submit` refuses a deadline beyond `reference_seconds`."""
-    return int(max((round_.deadline_at - utc_now()).total_seconds(), 0)) + _SLACK_SECONDS
+def _reference_seconds(job: Job, round_: Round) -> int:
+    """Return how long a round's references are needed; `submit` refuses a job for which `reference_seconds` is less."""
+    return int(max((gives_up_at(job, round_) - utc_now()).total_seconds(), 0)) + _SLACK_SECONDS

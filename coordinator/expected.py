@@ -9,8 +9,9 @@ from sqlalchemy import Engine
 from common.errors import UpdateRejected
 from coordinator.model_weights import index_digest
 from coordinator.norms import Reference
-from coordinator.rounds import Round, RoundKind
+from coordinator.rounds import Round
 from coordinator.services import Services
+from coordinator.states import RoundKind
 from store.blobs import Blob
 from store.database import reading
 from store.index import Weights

@@ -1,6 +1,7 @@
 """The gate: whatever a site sends is believed only after it has passed here.
 
-An answer counts once for each part, only from the part's own site, only while the round is open. An update must have
+An answer counts once for each part, only from the part's own site, only while the round is open, or later if the job
+lets late answers count. An update must have
 the names, shapes and dtypes of the global model, the digests it was announced with, nothing but finite values, and a
 distance from the global model and a number of examples that the job allows. What fails is quarantined: kept, with its
 reason, and counted as the site's answer. Updates that stand out from the others are found when the round is settled.
@@ -9,28 +10,24 @@ reason, and counted as the site's answer. Updates that stand out from the others
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import BinaryIO
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
+
+from sqlalchemy import Connection
 
 from common.errors import InvalidInput, InvalidMessage, InvalidTensors, NotFound, Unavailable, UpdateRejected
 from common.messages import ANSWERS, COORDINATOR, Envelope, PartDeclined, UpdateReady
+from coordinator.asked import builder, get_asked
 from coordinator.dispatch import complete_part
 from coordinator.expected import Expected, check_schema, expected_update
-from coordinator.jobs import Job
+from coordinator.jobs import LIVE, Job
+from coordinator.letting_go import follow_up, let_surplus_go
 from coordinator.norms import Distance, Measure
+from coordinator.parts import Part, answer_part, find_parts
 from coordinator.quarantine import add_entry, find_bytes, keep_bytes
-from coordinator.rounds import (
-    Part,
-    PartState,
-    Round,
-    RoundKind,
-    RoundState,
-    answer_part,
-    builder,
-    find_parts,
-    get_asked,
-)
+from coordinator.rounds import Round, find_open, lock_round
 from coordinator.services import Services
+from coordinator.states import PartState, RoundKind, RoundState
 from store.blobs import Blob
 from store.database import reading, writing
 from store.index import Weights
@@ -71,22 +68,88 @@ def receive_answer(services: Services, data: object) -> None:
 
 def _take(services: Services, job: Job, round_: Round, part: Part, message: UpdateReady | PartDeclined) -> None:
     fields = {"job": job.job_id, "round": round_.round_id, "site": part.site}
-    if part.state is not PartState.WAITING or round_.state is not RoundState.OPEN or message.attempt != part.attempt:
+    if not _is_welcome(job, round_, part, message.attempt):
         logger.info("An answer came again or too late.", extra={"action": "late_answer", **fields})
         if round_.state is RoundState.OPEN and part.state is not PartState.WAITING:
             complete_part(services, round_.round_id, part)  # a crash may have kept the first one from doing so
         return
+    part = replace(part, attempt=message.attempt)  # whose slots hold the update
     if isinstance(message, PartDeclined):
         state = PartState.FAILED if message.failed else PartState.DECLINED
-        with writing(services.engine) as connection:
-            counted = answer_part(connection, part, state, reason=message.reason)
+        counted = part.state is not PartState.DROPPED and _record(
+            services, job, round_, part, state, {"reason": message.reason}
+        )
         logger.warning(
             "Site %s %s %s: %s", part.site, state, round_.title, message.reason, extra={"action": state, **fields}
         )
     else:
         counted = _take_result(services, job, round_, part, message)
-    if counted:
+    if counted and part.state is PartState.WAITING:
         complete_part(services, round_.round_id, part)
+
+
+def _is_welcome(job: Job, round_: Round, part: Part, attempt: int) -> bool:
+    """Return whether the part may still be answered, by the job's policy for late answers.
+
+    Every attempt that was given out may answer, each with what it wrote to its own slots; the first that counts ends
+    all others.
+    """
+    if not 1 <= attempt <= part.attempt or job.state not in LIVE:
+        return False
+    if part.state is PartState.LATE:
+        return True
+    if round_.state is not RoundState.OPEN:
+        return False
+    if part.state is PartState.DROPPED:
+        return job.spec.late.policy != "drop" and part.site in job.sites
+    return part.state is PartState.WAITING
+
+
+def _record(
+    services: Services,
+    job: Job,
+    round_: Round,
+    part: Part,
+    state: PartState,
+    values: Mapping[str, Any],
+    *,
+    update: ModelInfo | None = None,
+    found: Sequence[Blob | None] | None = None,
+) -> bool:
+    """Record the verdict on an answer with all that belongs to it; return whether it counts.
+
+    `found` are the bytes of an update that is quarantined.
+    """
+    filled: Round | None = None
+    left: tuple[Part, ...] = ()
+    with writing(services.engine) as connection:
+        if part.state is PartState.DROPPED and lock_round(connection, round_.round_id) is not RoundState.OPEN:
+            return False
+        if part.state is PartState.LATE and state is PartState.ACCEPTED:
+            state = PartState.KEPT
+        if job.target is not None and state in (PartState.ACCEPTED, PartState.KEPT):
+            filled = _lock_training_round(connection, job, round_)
+        if not answer_part(connection, part, state, expected=part.state, **values):
+            return False
+        if update is not None:
+            add_model(connection, update)
+        if found is not None:
+            add_entry(connection, part, found)
+        if filled is not None:
+            left = let_surplus_go(connection, job, filled)
+    if filled is not None and left:
+        follow_up(services, job, filled, left)
+    return True
+
+
+def _lock_training_round(connection: Connection, job: Job, round_: Round) -> Round | None:
+    """Keep others from answering the training round that an answer counts in now; None if there is none."""
+    if round_.kind is not RoundKind.TRAIN:
+        return None
+    for found in find_open(connection, job_id=job.job_id, kind=RoundKind.TRAIN):
+        if lock_round(connection, found.round_id) is RoundState.OPEN:
+            return found
+    return None
 
 
 def _take_result(services: Services, job: Job, round_: Round, part: Part, message: UpdateReady) -> bool:
@@ -110,7 +173,7 @@ def _take_result(services: Services, job: Job, round_: Round, part: Part, messag
         reason = f"The update could not be checked: {type(error).__name__}."
         logger.exception("The update of site %s could not be checked.", part.site, extra={"action": "check_failed"})
     distance = checked.distance if checked is not None else None
-    values = {
+    values: dict[str, Any] = {
         "reason": reason,
         "num_examples": min(max(message.num_examples, -1), MAX_EXAMPLES + 1),  # as a number that the records hold
         "metrics": message.metrics,
@@ -119,26 +182,24 @@ def _take_result(services: Services, job: Job, round_: Round, part: Part, messag
         "global_norm": distance.global_norm if distance else None,
     }
     if reason:
-        return _quarantine(services, round_, part, find_bytes(services, part, shards, expected), values)
+        return _quarantine(services, job, round_, part, find_bytes(services, part, shards, expected), values)
     update = None
     if checked is not None:
         update = describe_update(job, round_, part, checked, message.num_examples, message.metrics)
-    with writing(services.engine) as connection:
-        model_id = update.model_id if update else None
-        counted = answer_part(connection, part, PartState.ACCEPTED, **values, model_id=model_id)
-        if counted and update is not None:
-            add_model(connection, update)
-    return counted
+        values["model_id"] = update.model_id
+    return _record(services, job, round_, part, PartState.ACCEPTED, values, update=update)
 
 
 def _quarantine(
-    services: Services, round_: Round, part: Part, found: Sequence[Blob | None], values: Mapping[str, object]
+    services: Services,
+    job: Job,
+    round_: Round,
+    part: Part,
+    found: Sequence[Blob | None],
+    values: Mapping[str, Any],
 ) -> bool:
     """Record that the answer is refused, then keep its bytes; the sweeper does so if this process ends in between."""
-    with writing(services.engine) as connection:
-        counted = answer_part(connection, part, PartState.QUARANTINED, **values)
-        if counted:
-            add_entry(connection, part, found)
+    counted = _record(services, job, round_, part, PartState.QUARANTINED, values, found=found)
     if counted:
         logger.warning(
             "The update of site %s in %s is quarantined: %s",

@@ -10,7 +10,8 @@ from common.errors import AccessDenied, InvalidInput
 from coordinator import submitting
 from coordinator.jobfile import check_job
 from coordinator.jobs import LIVE, Job, JobState, find_jobs, get_job
-from coordinator.rounds import Part, Round, find_parts, find_rounds
+from coordinator.parts import Part, find_parts
+from coordinator.rounds import Round, find_rounds
 from coordinator.services import Services
 from store.database import reading
 from store.tenants import Caller

@@ -1,10 +1,11 @@
 """Read a job file: TOML, checked field by field, every mistake named with its line."""
 
+import math
 import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
@@ -13,6 +14,7 @@ from common.queues import check_site_name
 from coordinator.strategies import make_strategy
 from coordinator.strategies.base import Strategy
 
+_EPSILON = 1e-9  # a share of a number of sites that comes out a little over a whole number is that number
 _SHOWN_PROBLEMS = 20
 _SHOWN_CHARACTERS = 200  # of what somebody wrote, in the message about it
 _WORDS = {  # pydantic's words for a type of problem, in ours
@@ -58,6 +60,53 @@ class GateTable(BaseModel):
     outlier_score: float = Field(6.0, ge=0, allow_inf_nan=False)  # 0: do not compare the updates with each other
 
 
+class ParticipationTable(BaseModel):
+    """The job file's [participation]: who is asked in a training round, and for whose answers it waits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    choose: str = Field("all", min_length=1, max_length=100)  # all, random, available, or a chooser of the coordinator
+    target_sites: int | None = Field(None, ge=1)  # with so many updates a round is full
+    target_fraction: float | None = Field(None, gt=0, le=1)  # the same as a share of the job's sites
+    over_selection: float = Field(1.0, ge=1, le=100)  # how many are asked, as a multiple of the target
+    join: bool = False  # whether sites that are enrolled or enabled later join the job
+    absent_seconds: float = Field(60, gt=0, le=30 * 24 * 3600)  # how long a site without a heartbeat is waited for
+    pause_after: int = Field(3, ge=0, le=1000)  # rounds in a row without a good answer; 0: never
+    pause_seconds: float = Field(60, gt=0, le=24 * 3600)  # the first pause; each further one is twice as long
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.target_sites is not None and self.target_fraction is not None:
+            raise ValueError("give target_sites or target_fraction, not both")
+        if not self.has_target and self.over_selection > 1:
+            raise ValueError("over_selection needs target_sites or target_fraction: it is a multiple of them")
+        if not self.has_target and self.choose != "all":
+            raise ValueError(f"choose = {self.choose!r} needs target_sites or target_fraction: how many to choose")
+        return self
+
+    @property
+    def has_target(self) -> bool:
+        """Return whether a round can be full before everyone has answered."""
+        return self.target_sites is not None or self.target_fraction is not None
+
+    def target(self, num_sites: int) -> int:
+        """Return with how many updates a round of a job of so many sites is full."""
+        if self.target_fraction is not None:
+            return max(1, math.ceil(self.target_fraction * num_sites - _EPSILON))
+        return num_sites if self.target_sites is None else min(self.target_sites, num_sites)
+
+
+class LateTable(BaseModel):
+    """The job file's [late]: what becomes of an update that comes when its site is not waited for any more."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: Literal["drop", "count", "keep"] = "count"
+    within_seconds: float | None = Field(None, gt=0, le=30 * 24 * 3600)  # after the round's end
+    max_staleness: int = Field(5, ge=1, le=1000)  # training rounds since the one that the update was asked for in
+    discount: float = Field(0.5, ge=0, le=100)  # a weight is divided by (1 + staleness) to this power
+
+
 class JobSpec(BaseModel):
     """What a job file says."""
 
@@ -68,12 +117,16 @@ class JobSpec(BaseModel):
     rounds: int = Field(ge=0, le=1_000_000)  # training rounds; 0 only builds a model, or tests the given one
     sites: tuple[str, ...] | None = None  # who takes part; every enabled site if it is missing
     min_sites: int | None = Field(None, ge=1)  # the quorum; more than half if it is missing
+    min_fraction: float | None = Field(None, gt=0, le=1)  # the same as a share
     round_deadline_seconds: float = Field(3600, gt=0, le=30 * 24 * 3600)
+    round_extension_seconds: float = Field(0, ge=0, le=30 * 24 * 3600)  # more, for sites that report progress
     start_deadline_seconds: float | None = Field(None, gt=0, le=30 * 24 * 3600)  # as of any round if it is missing
     seed: int = Field(0, ge=0, lt=2**63)
     test_every: int = Field(1, ge=0)  # a test round after every so many rounds and the last; 0 for none
     swag: bool = False  # after the last round, collect the weights' moments
     config: dict[str, JsonValue] = {}  # the trainer's
+    participation: ParticipationTable = ParticipationTable()
+    late: LateTable = LateTable()
     strategy: StrategyTable = StrategyTable()
     gate: GateTable = GateTable()
     initial_model: InitialModel = InitialModel()
@@ -94,11 +147,35 @@ class JobSpec(BaseModel):
     def _possible(self) -> Self:
         if self.sites is not None and self.min_sites is not None and self.min_sites > len(self.sites):
             raise ValueError(f"min_sites is {self.min_sites}, more than the {len(self.sites)} sites named")
+        if self.min_sites is not None and self.min_fraction is not None:
+            raise ValueError("give min_sites or min_fraction, not both")
+        target = self.participation.target_sites
+        if self.min_sites is not None and target is not None and self.min_sites > target:
+            raise ValueError(f"min_sites is {self.min_sites}, more than target_sites, {target}: no round could count")
         return self
 
     def quorum(self, num_sites: int) -> int:
-        """Return how many of so many sites must have answered for a round to count."""
-        return self.min_sites if self.min_sites is not None else num_sites // 2 + 1
+        """Return how many good answers a round of a job of so many sites must have to count."""
+        if self.min_sites is not None:
+            return self.min_sites
+        expected = self.participation.target(num_sites)
+        if self.min_fraction is not None:
+            return max(1, math.ceil(self.min_fraction * expected - _EPSILON))
+        return expected // 2 + 1
+
+    def deadline_seconds(self, *, start: bool) -> float:
+        """Return how long a round waits for answers."""
+        if start and self.start_deadline_seconds is not None:
+            return self.start_deadline_seconds
+        return self.round_deadline_seconds
+
+    def longest_seconds(self, *, start: bool, train: bool) -> float:
+        """Return how long an answer may count, from the moment that its round was planned."""
+        seconds = self.deadline_seconds(start=start) + self.round_extension_seconds
+        if train and self.late.policy == "keep":
+            within = self.late.within_seconds
+            seconds += self.round_deadline_seconds if within is None else within
+        return seconds
 
 
 def read_job_file(path: Path) -> JobSpec:
@@ -150,7 +227,8 @@ def _explain(error: ValidationError, place: Callable[[tuple[str, ...]], str]) ->
     lines = []
     for problem in error.errors(include_url=False)[:_SHOWN_PROBLEMS]:
         field = tuple(part for part in problem["loc"] if isinstance(part, str))
-        words = _WORDS.get(problem["type"]) or f"{problem['msg']}, not {_shorten(repr(problem['input']))}"
+        given = "" if isinstance(problem["input"], dict) else f", not {_shorten(repr(problem['input']))}"
+        words = _WORDS.get(problem["type"]) or f"{problem['msg']}{given}"
         if not field:  # a rule about several fields
             lines.append(f"{place(())}{problem['msg'].removeprefix('Value error, ')}")
             continue

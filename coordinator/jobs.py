@@ -50,6 +50,17 @@ class Job:
         return self.spec.quorum(len(self.spec.sites or self.sites))
 
     @property
+    def all_sites(self) -> tuple[str, ...]:
+        """Return every site that is in the job, or was at its beginning."""
+        return tuple(sorted({*(self.spec.sites or ()), *self.sites}))
+
+    @property
+    def target(self) -> int | None:
+        """Return with how many updates a training round is full; None if it waits for everyone's."""
+        rules = self.spec.participation
+        return rules.target(len(self.sites)) if rules.has_target else None
+
+    @property
     def model_store(self) -> str:
         """Return the name of the model store that holds the job's models."""
         return f"ddc:{self.name}"

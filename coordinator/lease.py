@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from common.errors import Unavailable
+from coordinator.parts import count_kept
 from coordinator.rounds import claim_round, renew_lease
 from coordinator.services import Services
 from store.database import writing
@@ -21,6 +22,8 @@ def held_round(services: Services, round_id: str) -> Iterator[str | None]:
     seconds = services.settings.lease_seconds
     with writing(services.engine) as connection:
         claimed = claim_round(connection, round_id, owner, seconds)
+        if claimed:
+            count_kept(connection, round_id)
     if not claimed:
         yield None
         return

@@ -3,9 +3,10 @@
 from datetime import datetime, timedelta
 
 from common.heartbeats import Heartbeat
-from coordinator.rounds import Part, Round
+from coordinator.asking import LONGEST_PATIENCE_SECONDS
+from coordinator.parts import Part
+from coordinator.rounds import Round
 from coordinator.situation import Situation
-from coordinator.sweeper import LONGEST_PATIENCE_SECONDS
 
 
 def clock(moment: datetime) -> str:
@@ -36,19 +37,21 @@ def describe_site(situation: Situation, round_: Round, part: Part) -> tuple[str,
 def _away(situation: Situation, round_: Round, site: str) -> tuple[str, str]:
     """Tell of a site without a heartbeat; nobody records when the last one came, only what it took before."""
     queued = situation.queued.get(site, 0)
+    limit = situation.job.spec.participation.absent_seconds
+    waits = f" If the others are a quorum, the round waits for it {limit:g} s at the most."
     advice = f"Have the worker of {site} started, and its log read: `celery -A worker worker` at the site."
     taken_at = situation.taken_at.get(site)
     if taken_at is not None:
         return (
             f"has no heartbeat: it took a message at {clock(taken_at)} and has gone since. When its worker is started "
-            "again, it goes on with that.",
+            f"again, it goes on with that.{waits}",
             advice,
         )
     if queued:
         asked = f" since {clock(round_.published_at)}" if round_.published_at else ""
-        return f"has no heartbeat: its message waits on its queue{asked}, until its worker is started.", advice
+        return f"has no heartbeat: its message waits on its queue{asked}, until its worker is started.{waits}", advice
     return (
-        "has no heartbeat, and no message waits on its queue. When its worker is started, it is asked again.",
+        f"has no heartbeat, and no message waits on its queue. When its worker is started, it is asked again.{waits}",
         advice,
     )
 
@@ -60,7 +63,9 @@ def _alive(situation: Situation, round_: Round, part: Part, heartbeat: Heartbeat
     title = f"{situation.job.name}: {round_.title} at {site}"  # as `dispatch` describes the task
     busy = "; ".join(heartbeat.working_on)
     if title in heartbeat.working_on:
-        return f"is alive and works on this very part {fresh}.", ""
+        report = situation.progress.get(part.task_id)
+        far = f": {100 * report.fraction:.0f} % done, {report.text or 'at work'}" if report is not None else ""
+        return f"is alive and works on this very part {fresh}{far}.", ""
     if part.task_id in heartbeat.tasks:
         at = f" At work before it: {busy}." if busy else " It begins in this moment."
         return f"is alive and has this part in hand, to be next {fresh}.{at}", ""

@@ -1,14 +1,22 @@
 """Decide what a job does next. The decision is pure; it is recorded with what ends the last step."""
 
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from types import MappingProxyType
 
 from sqlalchemy import Connection
 
+from common.errors import InvalidSettings
+from common.heartbeats import Heartbeat
 from common.queues import Kind
+from coordinator.choosing import candidates, choose
 from coordinator.jobs import LIVE, Job, JobState, change_job, end_job
+from coordinator.members import find_members
 from coordinator.outbox import add_notices
-from coordinator.rounds import Round, RoundKind, add_round
+from coordinator.parts import Part, drop_stale, end_parts, find_in
+from coordinator.rounds import Round, add_round
+from coordinator.states import PartState, RoundKind
 from store.parties import sites as enrolled_sites
 from store.tables import utc_now
 
@@ -50,17 +58,14 @@ def is_tested(job: Job, number: int) -> bool:
     return every > 0 and (number % every == 0 or number == job.spec.rounds)
 
 
-def choose_sites(job: Job, *, enabled: frozenset[str], alive: frozenset[str]) -> tuple[str, ...]:
-    """Return whom to ask: those that are alive, or, when they are too few for a quorum, all that may come back.
-
-    A queue keeps its messages, so a site that is away may still answer before the deadline.
-    """
-    members = tuple(site for site in job.sites if site in enabled)
-    present = tuple(site for site in members if site in alive)
-    return present if len(present) >= job.quorum else members
-
-
-def plan_next(connection: Connection, job: Job, last: Step | None, *, alive: frozenset[str]) -> Round | None:
+def plan_next(
+    connection: Connection,
+    job: Job,
+    last: Step | None,
+    *,
+    alive: Mapping[str, Heartbeat],
+    choosers: Mapping[str, str] = MappingProxyType({}),
+) -> Round | None:
     """Record the job's next round, or its end; return the round if there is one. Repeating it changes nothing."""
     step = next_step(job, last)
     if step is None:
@@ -72,18 +77,25 @@ def plan_next(connection: Connection, job: Job, last: Step | None, *, alive: fro
         )
         return None
     enabled = frozenset(party.site for party in enrolled_sites(connection, enabled=True) if party.site)
-    chosen = choose_sites(job, enabled=enabled, alive=alive)
-    if len(chosen) < job.quorum:
-        reason = f"Only {len(chosen)} of the job's sites are left and enabled, but its quorum is {job.quorum}."
+    job = _let_join(connection, job, enabled, alive)
+    left = sum(site in enabled for site in job.sites)
+    if left < job.quorum:
+        reason = f"Only {left} of the job's sites are left and enabled, but its quorum is {job.quorum}."
         finish(connection, job, JobState.FAILED, reason)
         return None
+    try:
+        chosen = _choose(connection, job, step, enabled, alive, choosers)
+    except InvalidSettings as error:
+        finish(connection, job, JobState.FAILED, f"The sites of {step.kind} {step.number} cannot be chosen: {error}")
+        return None
     now = utc_now()
+    seconds = job.spec.deadline_seconds(start=step.kind is RoundKind.START)
     round_ = Round(
         job_id=job.job_id,
         kind=step.kind,
         number=step.number,
         input_model_id=job.model_id,
-        deadline_at=now + timedelta(seconds=_deadline_seconds(job, step)),
+        deadline_at=now + timedelta(seconds=seconds),
         created_at=now,
     )
     values: dict[str, object] = {"state": JobState.RUNNING.value}
@@ -96,15 +108,70 @@ def plan_next(connection: Connection, job: Job, last: Step | None, *, alive: fro
     return round_ if add_round(connection, round_, chosen) else None
 
 
-def _deadline_seconds(job: Job, step: Step) -> float:
-    if step.kind is RoundKind.START and job.spec.start_deadline_seconds is not None:
-        return job.spec.start_deadline_seconds
-    return job.spec.round_deadline_seconds
+def gives_up_at(job: Job, round_: Round) -> datetime:
+    """Return until when an answer to the round may count, at the most."""
+    is_start, is_train = round_.kind is RoundKind.START, round_.kind is RoundKind.TRAIN
+    return round_.created_at + timedelta(seconds=job.spec.longest_seconds(start=is_start, train=is_train))
+
+
+def keeps_late(job: Job, round_: Round) -> bool:
+    """Return whether an answer that misses the round may count in a later one."""
+    return (
+        job.spec.late.policy == "keep" and round_.kind is RoundKind.TRAIN and round_.number < job.spec.rounds
+    )  # after the last one there is none
+
+
+def let_stale_go(connection: Connection, job: Job, last: Step) -> tuple[Part, ...]:
+    """Drop the late and kept answers that can count in no round after the last; return those that are still owed."""
+    if job.spec.late.policy != "keep" or last.kind is not RoundKind.TRAIN:
+        return ()
+    if last.number >= job.spec.rounds:
+        return drop_stale(connection, job.job_id, last.number + 1, "no training round is left for it to count in")
+    oldest = last.number + 1 - job.spec.late.max_staleness
+    return drop_stale(connection, job.job_id, oldest, "its model is more rounds old than max_staleness allows")
 
 
 def finish(connection: Connection, job: Job, state: JobState, reason: str = "") -> bool:
     """End the job and tell its sites; return False if it had ended before."""
     if not end_job(connection, job.job_id, state, reason):
         return False
-    add_notices(connection, Kind.TRAINING_FINISHED, job.job_id, job.spec.sites or job.sites, reason)
+    end_parts(connection, job.job_id, (PartState.LATE, PartState.KEPT), "the job has ended")
+    add_notices(connection, Kind.TRAINING_FINISHED, job.job_id, job.all_sites, reason)
     return True
+
+
+def _choose(
+    connection: Connection,
+    job: Job,
+    step: Step,
+    enabled: frozenset[str],
+    alive: Mapping[str, Heartbeat],
+    choosers: Mapping[str, str],
+) -> tuple[str, ...]:
+    """Return whom the step's round asks."""
+    busy: list[str] = []
+    if job.spec.late.policy == "keep":
+        busy = [part.site for part in find_in(connection, (PartState.LATE,), job_id=job.job_id)]
+    now = utc_now()
+    paused = [site for site, member in find_members(connection, job.job_id).items() if member.is_paused(now)]
+    found = candidates(job, enabled=enabled, alive=alive, paused=paused, busy=busy)
+    if step.kind is not RoundKind.TRAIN:
+        return tuple(each.site for each in found)
+    return choose(job, step.number, found, choosers)
+
+
+def _let_join(connection: Connection, job: Job, enabled: frozenset[str], alive: Mapping[str, Heartbeat]) -> Job:
+    """Take sites into the job that were enrolled or enabled since, if it is open to them and they have its trainer."""
+    if not job.spec.participation.join:
+        return job
+    known = find_members(connection, job.job_id)
+    new = [
+        site
+        for site, heartbeat in alive.items()
+        if site in enabled and site not in job.sites and site not in known and job.spec.trainer in heartbeat.trainers
+    ]
+    if not new:
+        return job
+    sites = tuple(sorted((*job.sites, *new)))
+    change_job(connection, job.job_id, expected=LIVE, sites=list(sites))
+    return replace(job, sites=sites)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from sqlalchemy import Connection
 
 from coordinator.jobs import LIVE, Job, find_job
-from coordinator.rounds import Part, Round, RoundKind, RoundState, find_parts, find_rounds
+from coordinator.parts import Part, find_parts
+from coordinator.rounds import Round, find_rounds
 from coordinator.services import Services
+from coordinator.states import RoundKind, RoundState
 from store.database import reading
 
 ENDED = (RoundState.CLOSED, RoundState.FAILED, RoundState.ABORTED)  # such a round does not change any more
@@ -56,7 +58,6 @@ def job_progress(services: Services, job_id: str, since: JobProgress | None = No
     with reading(services.engine) as connection:
         job = find_job(connection, job_id)
         if since is None or since.job.job_id != job.job_id or job.state not in LIVE:
-            # Also at the end: planners whose clocks differ may have put a round before those that had ended.
             rounds = tuple(find_rounds(connection, job.job_id))
         else:
             rounds = _rounds_since(connection, since)
@@ -67,7 +68,7 @@ def job_progress(services: Services, job_id: str, since: JobProgress | None = No
 def _rounds_since(connection: Connection, since: JobProgress) -> tuple[Round, ...]:
     """Return the rounds that had ended by then as they were, and those from the first that had not as they are."""
     going_on = next((round_ for round_ in since.rounds if round_.state not in ENDED), since.newest)
-    if going_on is None:
+    if going_on is None or going_on.kind is RoundKind.START:
         return tuple(find_rounds(connection, since.job.job_id))
-    kept = [round_ for round_ in since.rounds if round_.created_at < going_on.created_at]
-    return (*kept, *find_rounds(connection, since.job.job_id, created_from=going_on.created_at))
+    kept = [each for each in since.rounds if each.kind is RoundKind.START or each.number < going_on.number]
+    return (*kept, *find_rounds(connection, since.job.job_id, number_from=going_on.number))

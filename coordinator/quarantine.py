@@ -21,8 +21,9 @@ from sqlalchemy import Connection, RowMapping, select, update
 
 from common.errors import Conflict, NotFound, Unavailable, UpdateRejected
 from coordinator.expected import Expected
-from coordinator.rounds import Part, PartState, overrule_part
+from coordinator.parts import Part, overrule_part
 from coordinator.services import Services
+from coordinator.states import PartState
 from store.blobs import Blob, BlobStore
 from store.database import reading, writing
 from store.models import delete_model

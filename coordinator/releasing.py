@@ -7,19 +7,11 @@ from common.errors import Conflict, InvalidTensors, UpdateRejected
 from coordinator.expected import expected_update
 from coordinator.gate import Checked, asks_for_update, check_examples, check_stored, describe_update
 from coordinator.jobs import get_job, lock_job
+from coordinator.parts import RELEASED, Part, find_parts, overrule_part
 from coordinator.quarantine import Entry, EntryState, decide, find_entry, is_stored
-from coordinator.rounds import (
-    RELEASED,
-    Part,
-    PartState,
-    Round,
-    RoundState,
-    find_parts,
-    get_round,
-    lock_round,
-    overrule_part,
-)
+from coordinator.rounds import Round, get_round, lock_round
 from coordinator.services import Services
+from coordinator.states import PartState, RoundState
 from store.database import reading, writing
 from store.garbage import remove_blobs
 from store.models import ModelInfo, add_model

@@ -14,11 +14,15 @@ from sqlalchemy import Connection, Engine, func, select
 from common.broker import connect
 from common.errors import BrokerUnavailable, FedChordError
 from common.heartbeats import Heartbeat, read_heartbeats
+from common.progress import ProgressReport, read_progress
 from common.queues import COORDINATOR_QUEUE, site_queue
 from common.settings import Settings
 from coordinator.jobs import Job, find_job
 from coordinator.listeners import coordinator_workers
-from coordinator.rounds import Part, Round, RoundState, find_parts, find_rounds
+from coordinator.members import Member, find_members
+from coordinator.parts import Part, find_in, find_parts
+from coordinator.rounds import Round, find_rounds
+from coordinator.states import PartState, RoundState
 from store.database import reading
 from store.parties import PartyInfo
 from store.parties import sites as enrolled_sites
@@ -52,10 +56,13 @@ class Situation:
     parts: tuple[Part, ...] = ()  # of that round
     lease: Lease | None = None  # on that round, if it aggregates
     unsent: Unsent | None = None  # None: every notice is on its queue
+    members: Mapping[str, Member] = field(default_factory=dict)  # sites that are paused or have left, by name
+    late: tuple[Part, ...] = ()  # of earlier rounds, still owed or kept for the next training round
     parties: Mapping[str, PartyInfo] = field(default_factory=dict)  # the enrolled sites, by name
     broker_trouble: str = ""  # why what follows is not known; empty if the broker answers
     heartbeats: Mapping[str, Heartbeat] = field(default_factory=dict)  # of the sites that are alive
     queued: Mapping[str, int] = field(default_factory=dict)  # messages on each site's queue
+    progress: Mapping[str, ProgressReport] = field(default_factory=dict)  # of parts at work, by task id
     taken_at: Mapping[str, datetime] = field(default_factory=dict)  # when a site took the oldest one in its hands
     workers: tuple[str, ...] = ()  # coordinator workers that answer
     answers_queued: int = 0  # messages on the coordinator's queue
@@ -78,7 +85,7 @@ def gather(
     situation = replace(situation, store_trouble=check_store() if needs_store else "")
     try:
         with closing(connect(settings)) as broker:
-            found = _in_broker(broker, app, [part.site for part in waiting(situation.parts)])
+            found = _in_broker(broker, app, waiting(situation.parts))
     except (BrokerUnavailable, RedisError) as error:
         trouble = error.message if isinstance(error, FedChordError) else f"The broker does not answer ({error})."
         return replace(situation, broker_trouble=trouble)
@@ -87,7 +94,7 @@ def gather(
 
 def waiting(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Return the parts that nobody has answered."""
-    return tuple(part for part in parts if part.answered_at is None)
+    return tuple(part for part in parts if part.state is PartState.WAITING)
 
 
 def _recorded(connection: Connection, settings: Settings, job: Job) -> Situation:
@@ -102,6 +109,8 @@ def _recorded(connection: Connection, settings: Settings, job: Job) -> Situation
         parts=tuple(find_parts(connection, round_.round_id)) if round_ else (),
         lease=_lease(connection, round_.round_id) if round_ else None,
         unsent=_unsent(connection, job.job_id),
+        members=find_members(connection, job.job_id),
+        late=tuple(find_in(connection, (PartState.LATE, PartState.KEPT), job_id=job.job_id)),
         parties={party.site: party for party in enrolled_sites(connection) if party.site},
     )
 
@@ -123,8 +132,9 @@ def _unsent(connection: Connection, job_id: str) -> Unsent | None:
     return Unsent(sites=tuple(sorted(row.site for row in rows)), since=min(row.since for row in rows))
 
 
-def _in_broker(broker: Redis, app: Celery, sites: Sequence[str]) -> dict[str, Any]:
+def _in_broker(broker: Redis, app: Celery, owing: Sequence[Part]) -> dict[str, Any]:
     """Return the situation's fields that the broker knows."""
+    sites = [part.site for part in owing]
     with broker.pipeline(transaction=False) as pipeline:
         for site in sites:
             pipeline.llen(site_queue(site))
@@ -134,6 +144,7 @@ def _in_broker(broker: Redis, app: Celery, sites: Sequence[str]) -> dict[str, An
     oldest = dict(zip(sites, found[1::2], strict=True))
     return {
         "heartbeats": read_heartbeats(broker, sites),
+        "progress": read_progress(broker, [(part.site, part.task_id) for part in owing]),
         "queued": dict(zip(sites, found[0::2], strict=True)),
         "taken_at": {site: datetime.fromtimestamp(taken[0][1], UTC) for site, taken in oldest.items() if taken},
         "answers_queued": answers_queued,

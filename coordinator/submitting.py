@@ -10,17 +10,28 @@ import msgpack
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
-from common.errors import BrokerUnavailable, Conflict, InvalidInput, InvalidJobFile, InvalidTensors, UpdateRejected
+from common.errors import (
+    BrokerUnavailable,
+    Conflict,
+    InvalidInput,
+    InvalidJobFile,
+    InvalidSettings,
+    InvalidTensors,
+    UpdateRejected,
+)
 from common.heartbeats import read_heartbeats
 from common.queues import COORDINATOR_QUEUE, CoordinatorTask, cancel_key
+from coordinator.choosing import BUILT_IN, load_chooser
 from coordinator.dispatch import send_notices
 from coordinator.gate import check_values
 from coordinator.jobfile import JobSpec
 from coordinator.jobs import Job, JobState, add_job, find_job, find_submission, get_job, new_job
 from coordinator.model_weights import model_weights
+from coordinator.parts import end_parts
 from coordinator.planning import finish
 from coordinator.rounds import abort_rounds
 from coordinator.services import Services
+from coordinator.states import OWING
 from store.database import reading, writing
 from store.index import Weights
 from store.model_stores import add_store
@@ -49,6 +60,7 @@ def submit(services: Services, spec: JobSpec, *, key: str | None = None, submitt
             return known
     _check_config(spec)
     _check_deadline(services, spec)
+    _check_chooser(services, spec)
     sites = _check_sites(services, spec)
     quorum = spec.quorum(len(sites))
     if quorum > len(sites):
@@ -89,13 +101,13 @@ def abort(services: Services, job_id: str, reason: str) -> Job:
     """End the job now: its rounds are aborted, its sites stop working for it; raise Conflict if it has ended."""
     with reading(services.engine) as connection:
         job = find_job(connection, job_id)
-    members = job.spec.sites or job.sites
     with writing(services.engine) as connection:
         if not finish(connection, job, JobState.ABORTED, reason):
             raise Conflict(f"Job {job.name} ({job.job_id}) has ended: it is {get_job(connection, job.job_id).state}.")
         abort_rounds(connection, job.job_id, reason)
+        end_parts(connection, job.job_id, OWING, reason)
     try:
-        for site in members:
+        for site in job.all_sites:
             services.broker.set(cancel_key(site, job.job_id), reason, ex=_CANCEL_SECONDS)
         send_notices(services)
     except (RedisError, BrokerUnavailable) as error:
@@ -122,13 +134,24 @@ def _check_config(spec: JobSpec) -> None:
 def _check_deadline(services: Services, spec: JobSpec) -> None:
     """Refuse a deadline that the references to the model and for the updates would not live to see."""
     longest = services.settings.reference_seconds
-    for name in ("round_deadline_seconds", "start_deadline_seconds"):
-        seconds = getattr(spec, name)
-        if seconds is not None and seconds > longest:
-            raise InvalidJobFile(
-                f"{name}: it is {seconds:.0f}, but references to the store live for {longest} s; shorten it, or raise "
-                "FEDCHORD_REFERENCE_SECONDS for the coordinator (a week at the most)."
-            )
+    seconds = {
+        "round_deadline_seconds": spec.longest_seconds(start=False, train=True),
+        "start_deadline_seconds": spec.longest_seconds(start=True, train=False),
+    }
+    if wrong := [name for name in seconds if seconds[name] > longest]:
+        raise InvalidJobFile(
+            f"{wrong[0]}: it is {seconds[wrong[0]]:.0f} s, with the extension and the time for late answers, "
+            f"but references to the store live for {longest} s; shorten it, or raise FEDCHORD_REFERENCE_SECONDS for "
+            "the coordinator (a week at the most)."
+        )
+
+
+def _check_chooser(services: Services, spec: JobSpec) -> None:
+    if (name := spec.participation.choose) not in BUILT_IN:
+        try:
+            load_chooser(name, services.settings.choosers)
+        except InvalidSettings as error:
+            raise InvalidJobFile(error.message) from error
 
 
 def _check_sites(services: Services, spec: JobSpec) -> tuple[str, ...]:

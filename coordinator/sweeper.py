@@ -5,56 +5,92 @@ a coordinator that died between two steps. Any number of processes may sweep; ev
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from celery import bootsteps
-from redis.exceptions import RedisError
 
-from common.errors import BrokerUnavailable, FedChordError
-from common.heartbeats import read_heartbeats
-from common.queues import site_queue
+from common.errors import FedChordError
+from common.heartbeats import Heartbeat, read_heartbeats
+from coordinator.asking import Asking
 from coordinator.closing import start_job
-from coordinator.dispatch import call_back, complete_part, publish_again, publish_round, send_notices
+from coordinator.dispatch import call_back, publish_round, send_notices
 from coordinator.jobs import JobState, find_jobs
-from coordinator.overdue import find_overdue
+from coordinator.overdue import Held, find_overdue
+from coordinator.patience import Patience
 from coordinator.quarantine import keep_quarantine
-from coordinator.rounds import drop_waiting, find_parts, find_waiting
+from coordinator.rounds import end_lease
 from coordinator.services import Services, services_of
+from coordinator.waiting import Waiting, end_waiting, find_waiting
 from store.database import reading, writing
 from store.garbage import CLEAN_SECONDS, clean
 
 logger = logging.getLogger(__name__)
 
-LONGEST_PATIENCE_SECONDS = 600.0  # a site that is asked in vain is asked again ever more rarely, down to this
+
+class Memory:
+    """What one sweeping process remembers from one sweep to the next."""
+
+    def __init__(self) -> None:
+        self.patience = Patience()
+        self.asking = Asking()
+        self.taken_up: set[str] = set()  # rounds that the log has told of
 
 
-def sweep(services: Services, *, grace_seconds: float, asked: "Asked | None" = None) -> int:
-    """Take up everything that is overdue by grace_seconds; return how many things that were.
-
-    `asked` remembers, from one sweep of this process to the next, whom it has asked again.
-    """
+def sweep(services: Services, memory: Memory, *, grace_seconds: float) -> int:
+    """Take up everything that is overdue by grace_seconds; return how many things that were."""
     with reading(services.engine) as connection:
         overdue = find_overdue(connection, grace_seconds=grace_seconds)
         submitted = find_jobs(connection, states=(JobState.SUBMITTED,))
+        waiting = find_waiting(connection)
     steps: list[Callable[[], None]] = []
-    steps += [partial(_expire, services, round_id) for round_id in overdue.expired]
-    steps += [partial(_take_up, services, round_id) for round_id in overdue.unclaimed]
+    if waiting:
+        steps.append(partial(_look_after, services, memory, waiting))
+    steps += [partial(_end_lease, services, memory, held) for held in overdue.held]
+    steps += [partial(_take_up, services, memory, round_id) for round_id in overdue.unclaimed]
     steps += [partial(start_job, services, job.job_id) for job in submitted]
     steps += [partial(_send_again, services, round_id) for round_id in overdue.unpublished]
-    if asked is not None:
-        steps.append(partial(asked.ask_again, services))
     steps.append(partial(send_notices, services, grace_seconds=grace_seconds))
+    memory.taken_up &= set(overdue.unclaimed)
+    _run_all(steps)
+    memory.patience.turn()
+    return len(submitted) + len(overdue.unpublished) + len(overdue.unclaimed)
+
+
+def _run_all(steps: Sequence[Callable[[], None]]) -> None:
+    """Run each on its own, for one job's trouble must not keep another job's deadline from being seen; then raise."""
     failures: list[Exception] = []
-    for step in steps:  # each on its own: one job's trouble must not keep another job's deadline from being seen
+    for step in steps:
         try:
             step()
         except Exception as error:
             failures.append(error)
     if failures:
         raise next((error for error in failures if not isinstance(error, FedChordError)), failures[0])
-    return len(submitted) + len(overdue.unpublished) + len(overdue.expired) + len(overdue.unclaimed)
+
+
+def _look_after(services: Services, memory: Memory, waiting: Sequence[Waiting]) -> None:
+    """End the waiting that has lasted long enough, and ask again for what seems to be lost."""
+    owing = {part.site for each in waiting for part in each.owing}
+    steps: list[Callable[[], None]] = []
+    heartbeats: Mapping[str, Heartbeat] | None = None  # a deadline ends also while the broker is away
+    try:
+        heartbeats = read_heartbeats(services.broker, sorted(owing))
+    finally:
+        steps += [partial(end_waiting, services, each, heartbeats, memory.patience) for each in waiting]
+        if heartbeats is not None:
+            sent = [part for each in waiting if each.round.published_at is not None for part in each.owing]
+            steps.append(partial(memory.asking.ask_again, services, sent, heartbeats))
+        _run_all(steps)
+
+
+def _end_lease(services: Services, memory: Memory, held: Held) -> None:
+    """End a lease that has not been renewed for as long as it lasts, though the clock says that it has not run out."""
+    limit = services.settings.lease_seconds + 2 * services.settings.sweep_seconds
+    if memory.patience.seconds(("lease", held.round_id, held.owner, held.until)) > limit:
+        with writing(services.engine) as connection:
+            end_lease(connection, held.round_id, held.owner, held.until)
 
 
 def _send_again(services: Services, round_id: str) -> None:
@@ -62,64 +98,11 @@ def _send_again(services: Services, round_id: str) -> None:
     publish_round(services, round_id)
 
 
-def _take_up(services: Services, round_id: str) -> None:
-    logger.warning("Round %s has every answer; taking it up.", round_id, extra={"action": "take_up_round"})
+def _take_up(services: Services, memory: Memory, round_id: str) -> None:
+    if round_id not in memory.taken_up:  # once, also when that does not help because a service is away
+        memory.taken_up.add(round_id)
+        logger.warning("Round %s has every answer; taking it up.", round_id, extra={"action": "take_up_round"})
     call_back(services, round_id)
-
-
-def _expire(services: Services, round_id: str) -> None:
-    """Close a round whose deadline has passed: what is missing is dropped, and the callback runs with what is there."""
-    with writing(services.engine) as connection:
-        dropped = drop_waiting(connection, round_id, "no answer before the deadline")
-        parts = find_parts(connection, round_id)
-    logger.warning(
-        "Round %s is past its deadline: %s of %s sites have not answered.",
-        round_id,
-        dropped,
-        len(parts),
-        extra={"action": "expire_round", "round": round_id},
-    )
-    for part in parts:
-        complete_part(services, round_id, part)
-
-
-class Asked:
-    """Ask again the sites that owe an answer although they are alive and have nothing in hand.
-
-    Redis hands a message to one process and forgets it; if that process dies in the same moment, the message is lost.
-    """
-
-    def __init__(self) -> None:
-        self._asked: dict[str, tuple[float, float]] = {}  # by task id: when next (monotonic), and the pause after that
-
-    def ask_again(self, services: Services) -> None:
-        """Send the message again of each part that seems to be lost, and not sooner than it may have arrived."""
-        patience = services.settings.ask_again_seconds
-        with reading(services.engine) as connection:
-            waiting = find_waiting(connection, age_seconds=patience)
-        now = time.monotonic()
-        self._asked = {part.task_id: self._asked.get(part.task_id, (now, patience)) for part in waiting}
-        due = [part for part in waiting if self._asked[part.task_id][0] <= now]
-        heartbeats = read_heartbeats(services.broker, sorted({part.site for part in due}))
-        for part in due:
-            heartbeat = heartbeats.get(part.site)
-            if heartbeat is None or heartbeat.tasks or _has_messages(services, part.site):
-                continue  # away, at work, or yet to take the message from its queue
-            logger.warning(
-                "Site %s is idle and owes an answer; asking again.",
-                part.site,
-                extra={"action": "ask_again", "job": part.job_id, "round": part.round_id, "site": part.site},
-            )
-            publish_again(services, part)
-            _, pause = self._asked[part.task_id]
-            self._asked[part.task_id] = (now + pause, min(2 * pause, max(patience, LONGEST_PATIENCE_SECONDS)))
-
-
-def _has_messages(services: Services, site: str) -> bool:
-    try:
-        return bool(services.broker.llen(site_queue(site)))
-    except RedisError as error:
-        raise BrokerUnavailable(f"The broker does not answer ({error}); start it.") from error
 
 
 class Sweeper(bootsteps.StartStopStep):
@@ -144,12 +127,12 @@ class Sweeper(bootsteps.StartStopStep):
 
     def _run(self, services: Services) -> None:
         period = services.settings.sweep_seconds
-        asked = Asked()
+        memory = Memory()
         trouble = ""
         next_clean = time.monotonic()
         while not self._stopped.wait(period):
             try:
-                sweep(services, grace_seconds=2 * period, asked=asked)
+                sweep(services, memory, grace_seconds=2 * period)
                 if time.monotonic() >= next_clean:
                     next_clean = time.monotonic() + CLEAN_SECONDS  # even if it fails: not every second
                     keep_quarantine(services)

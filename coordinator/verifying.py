@@ -1,8 +1,8 @@
 """Recompute a global model from the updates that it was made of, and say whether it is the same to the bit.
 
 Every blob is hashed before it is read; of an S3 store, what is in the bucket, not the coordinator's cache of it. The
-recomputation is the coordinator's own aggregation, written beside the store: it needs room for a model on the disk, and
-no more memory than a round does.
+recomputation is the coordinator's own aggregation, written beside the store: it needs room on the disk for a model, and
+for what a server optimizer keeps with it, which is recomputed and compared too; and no more memory than a round does.
 """
 
 import tempfile
@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 from common.errors import InvalidInput, NotFound
-from coordinator.closing import aggregate_updates
+from coordinator.combining import OPTIMIZER, Recipe, aggregate_updates, staleness_of, state_id
 from coordinator.differences import differences
-from coordinator.jobfile import JobSpec, StrategyTable
-from coordinator.jobs import Job, new_job
-from coordinator.model_weights import index_digest, model_weights
+from coordinator.jobfile import StrategyTable
+from coordinator.model_weights import model_weights
 from coordinator.services import Services
+from coordinator.strategies.optimizer import ServerOptimizer
 from store.blobs import Blob, BlobStore, hash_open
 from store.database import reading
 from store.folder import FolderStore
@@ -31,6 +31,7 @@ from store.opening import open_blob_store
 
 RECOMPUTED_KINDS = ("global", "moments")  # what a round makes of updates
 _MEGABYTE = 2**20
+_MOST_DISCOUNT = 1000  # of staleness, as an exponent; by far
 
 
 class Result(StrEnum):
@@ -104,7 +105,8 @@ def _verify(services: Services, store: BlobStore, model: ModelInfo) -> Verdict:
     hashing = _Hashing()
     _hash_blobs(store, model, "the model", hashing)
     strategy = _strategy(model)
-    updates = _updates(services, store, model, hashing) if strategy is not None else []
+    recipe = _recipe(services, store, model, strategy, hashing) if strategy is not None else None
+    kept = _kept(services, store, model, hashing) if recipe is not None and recipe.has_state else None
     common: dict[str, Any] = {
         "model_id": model.model_id,
         "title": title,
@@ -118,16 +120,18 @@ def _verify(services: Services, store: BlobStore, model: ModelInfo) -> Verdict:
     if hashing.missing:
         said = "It cannot be verified: something that is needed was deleted."
         return Verdict(**common, result=Result.MISSING, sentence=said, troubles=tuple(hashing.missing))
-    if strategy is None:
+    if strategy is None or recipe is None:
         said = (
             f"Its {hashing.blobs} blobs are what their digests say; {_origin(model)}, so there is nothing to recompute."
         )
         return Verdict(**common, result=Result.INTACT, sentence=said)
-    if troubles := _recompute(services, store, model, updates, strategy):
-        said = f"Recomputed from {_counted(updates)}, it is another model than the one that is stored."
-        return Verdict(**common, result=Result.DIFFERENT, sentence=said, troubles=troubles, updates=len(updates))
-    said = f"Recomputed from {_counted(updates)} with {strategy.name}, it is the same to the bit."
-    return Verdict(**common, result=Result.SAME, sentence=said, updates=len(updates))
+    common["updates"] = len(recipe.updates)
+    if troubles := _recompute(services, store, recipe, [model, *([kept] if kept else [])]):
+        said = f"Recomputed from {_counted(recipe.updates)}, it is another model than the one that is stored."
+        return Verdict(**common, result=Result.DIFFERENT, sentence=said, troubles=troubles)
+    too = ", and so is what the optimizer keeps" if kept else ""
+    said = f"Recomputed from {_counted(recipe.updates)} with {strategy.name}, it is the same to the bit{too}."
+    return Verdict(**common, result=Result.SAME, sentence=said)
 
 
 def _hash_blobs(store: BlobStore, model: ModelInfo, whose: str, hashing: _Hashing) -> None:
@@ -173,6 +177,8 @@ def _strategy(model: ModelInfo) -> StrategyTable | None:
 
 
 def _origin(model: ModelInfo) -> str:
+    if model.model_kind == OPTIMIZER:
+        return "it is what an optimizer keeps and is recomputed with the round's global model"
     return f"{model.site} made it" if model.site else "no record says that it was aggregated"
 
 
@@ -209,14 +215,74 @@ def _updates(services: Services, store: BlobStore, model: ModelInfo, hashing: _H
         return []
     found = []
     for site, model_id in zip(sites, model.parents[-len(sites) :], strict=True):
-        update = _find(services, model_id)
+        update = _needed(services, store, model_id, f"the update of {site}", hashing)
         if update is None:
-            hashing.missing.append(f"The update of {site} ({model_id}) was deleted.")
-        elif update.site != site or not update.num_examples:
+            continue
+        if update.site != site or not update.num_examples:
             hashing.different.append(f"Parent {model_id} is not the update of {site} that the model's record names.")
-        else:
-            _hash_blobs(store, update, f"the update of {site}", hashing)
-            found.append(update)
+        found.append(update)
+    return found
+
+
+def _needed(services: Services, store: BlobStore, model_id: str, whose: str, hashing: _Hashing) -> ModelInfo | None:
+    """Return a model that is needed, its blobs hashed; note it and return None if its record was deleted."""
+    found = _find(services, model_id)
+    if found is None:
+        hashing.missing.append(f"{whose[0].upper()}{whose[1:]} ({model_id}) was deleted.")
+    else:
+        _hash_blobs(store, found, whose, hashing)
+    return found
+
+
+def _recipe(
+    services: Services, store: BlobStore, model: ModelInfo, strategy: StrategyTable, hashing: _Hashing
+) -> Recipe:
+    """Return all that the model was computed with, by its record, the blobs hashed; note what is missing."""
+    made = strategy.make()
+    updates = _updates(services, store, model, hashing)
+    recipe = Recipe(strategy=made, updates=tuple(updates), staleness=(0,) * len(updates))
+    if model.model_kind != "global" or hashing.missing or hashing.different:
+        return recipe
+    staleness = tuple(staleness_of(update, model.round) for update in updates)
+    bases = {}
+    for update, rounds in zip(updates, staleness, strict=True):
+        base_id = update.parents[0] if update.parents else ""
+        if rounds and base_id not in bases:
+            bases[base_id] = _needed(services, store, base_id, f"the model that {update.site} trained", hashing)
+    current = before = None
+    if any(staleness) or isinstance(made, ServerOptimizer):
+        current = _needed(services, store, _previous(model) or "", "the model before it", hashing)
+    if current is not None and isinstance(made, ServerOptimizer) and (known := state_id(current, strategy)):
+        before = _needed(services, store, known, "what the optimizer kept before it", hashing)
+    return replace(
+        recipe,
+        staleness=staleness,
+        discount=_discount(model, hashing),
+        bases={base_id: base for base_id, base in bases.items() if base is not None},
+        current=current,
+        before=before,
+    )
+
+
+def _discount(model: ModelInfo, hashing: _Hashing) -> float:
+    """Return the discount that the model's record names, 0 if it names none; note one that nobody can have used."""
+    recorded = model.model_meta.get("discount", 0.0)
+    if not isinstance(recorded, int | float) or not 0 <= recorded <= _MOST_DISCOUNT:
+        hashing.different.append(f"The model's record names the discount {str(recorded)[:80]!r}, which is none.")
+        return 0.0
+    return recorded
+
+
+def _kept(services: Services, store: BlobStore, model: ModelInfo, hashing: _Hashing) -> ModelInfo | None:
+    """Return what the optimizer has kept with the model, its blobs hashed; note it if that is missing or another."""
+    named = model.model_meta.get(OPTIMIZER)
+    recorded = named if isinstance(named, dict) else {}
+    found = _needed(services, store, str(recorded.get("model_id", "")), "what the optimizer keeps", hashing)
+    if found is not None and found.index_hash != recorded.get("digest"):
+        hashing.different.append(
+            f"Model {found.model_id} is not what the optimizer kept: its digest is {found.index_hash}, and the model's "
+            f"record names {recorded.get('digest')}."
+        )
     return found
 
 
@@ -240,25 +306,22 @@ def _counted(updates: Sequence[ModelInfo]) -> str:
     return f"its {len(updates)} updates" if len(updates) != 1 else "its one update"
 
 
-def _recompute(
-    services: Services, store: BlobStore, model: ModelInfo, updates: Sequence[ModelInfo], strategy: StrategyTable
-) -> tuple[str, ...]:
-    """Aggregate the updates again; return in what the result differs from the stored model."""
-    stored = model_weights(store, model)
-    settings = services.settings.model_copy(update={"shard_megabytes": _shard_megabytes(stored)})
+def _recompute(services: Services, store: BlobStore, recipe: Recipe, stored: Sequence[ModelInfo]) -> tuple[str, ...]:
+    """Compute by the recipe again; return in what the results differ from the stored model and, if any, the state."""
+    known = [model_weights(store, model) for model in stored]
+    # the largest of the limits is not above the one that all were made with
+    settings = services.settings.model_copy(update={"shard_megabytes": max(map(_shard_megabytes, known))})
     with tempfile.TemporaryDirectory(prefix="verify-", dir=services.blobs.scratch()) as folder:
         beside = _Beside(Path(folder), store)
         beside.prepare()
-        made = aggregate_updates(replace(services, blobs=beside, settings=settings), _job(strategy), updates)
-        if made.index.digest == index_digest(model):
-            return ()
-        return tuple(differences(store, stored, FolderStore(Path(folder)), made))
-
-
-def _job(strategy: StrategyTable) -> Job:
-    """Return a job of which only the strategy counts."""
-    spec = JobSpec(name="verify", trainer="verify", rounds=1, strategy=strategy)
-    return new_job(spec, sites=(), model_id=None, submitted_by="")
+        combined = aggregate_updates(replace(services, blobs=beside, settings=settings), recipe)
+        troubles: list[str] = []
+        for model, weights, made in zip(stored, known, (combined.weights, combined.state), strict=False):
+            if made is not None and made.index.digest != weights.index.digest:
+                whose = "What the optimizer keeps: " if model.model_kind == OPTIMIZER else ""
+                found = differences(store, weights, FolderStore(Path(folder)), made)
+                troubles += [f"{whose}{said}" for said in found]
+        return tuple(troubles)
 
 
 def _shard_megabytes(weights: Weights) -> int:

@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from coordinator.asked import builder
 from coordinator.jobs import LIVE, JobState
 from coordinator.owing import clock, describe_site
-from coordinator.rounds import Part, PartState, Round, RoundKind, RoundState, builder
+from coordinator.parts import Part
+from coordinator.rounds import Round
 from coordinator.situation import Situation, waiting
+from coordinator.states import PartState, RoundKind, RoundState
 
 _SLOW_SECONDS = 5.0  # what a coordinator worker has not done after that, beyond its sweep, it cannot do
 
@@ -181,7 +184,8 @@ def _open(situation: Situation, round_: Round) -> Explanation:
         said, advice = describe_site(situation, round_, part)
         details.append(said)
         actions += [advice] if advice and advice not in actions else []
-    details += [*_verdicts(situation), *_at_deadline(situation, round_)]
+    details += [*_verdicts(situation), *_others(situation)]
+    details += [*_when_full(situation, round_), *_at_deadline(situation, round_)]
     if _quorum_is_lost(situation, round_):
         actions.insert(0, _abort(situation, "Do not wait for the deadline: end the job"))
     else:
@@ -226,7 +230,7 @@ def _coordinator_trouble(situation: Situation, *, since: datetime | None = None)
 def _at_deadline(situation: Situation, round_: Round) -> list[str]:
     """Return whether the quorum can still be met, and what the deadline will do."""
     quorum = situation.job.quorum
-    good = sum(part.state is PartState.ACCEPTED for part in situation.parts)
+    good = _good(situation, round_)
     owing = len(waiting(situation.parts))
     at = clock(round_.deadline_at)
     if round_.deadline_at <= situation.now:
@@ -235,7 +239,12 @@ def _at_deadline(situation: Situation, round_: Round) -> list[str]:
     if round_.kind is RoundKind.TEST:
         return [f"A test round needs no quorum: at {at} it closes with the answers that are there."]
     if good >= quorum:
-        return [f"{good} answered well and the quorum is {quorum}: at {at} the round goes on without who is missing."]
+        more = situation.job.spec.round_extension_seconds
+        unless = f", unless they report progress then: that gives them up to {more:g} s more in all" if more else ""
+        return [
+            f"{good} answered well and the quorum is {quorum}: at {at} the round goes on without who is missing"
+            f"{unless}."
+        ]
     if _quorum_is_lost(situation, round_):
         return [
             f"{good} answered well and {owing} may, but the quorum is {quorum}: it cannot be met any more, and the job "
@@ -249,8 +258,15 @@ def _at_deadline(situation: Situation, round_: Round) -> list[str]:
 
 
 def _quorum_is_lost(situation: Situation, round_: Round) -> bool:
-    possible = sum(part.state in (PartState.ACCEPTED, PartState.WAITING) for part in situation.parts)
+    awaited = sum(part.state is PartState.LATE for part in situation.late) if round_.kind is RoundKind.TRAIN else 0
+    possible = _good(situation, round_) + len(waiting(situation.parts)) + awaited
     return round_.kind is not RoundKind.TEST and possible < situation.job.quorum
+
+
+def _good(situation: Situation, round_: Round) -> int:
+    """Return how many good answers the round has, late ones of earlier rounds included that count in it."""
+    kept = sum(part.state is PartState.KEPT for part in situation.late) if round_.kind is RoundKind.TRAIN else 0
+    return sum(part.state is PartState.ACCEPTED for part in situation.parts) + kept
 
 
 def _verdicts(situation: Situation) -> list[str]:
@@ -266,6 +282,30 @@ def _verdicts(situation: Situation) -> list[str]:
 def _verdict(part: Part) -> str:
     reason = _sentence(part.reason)
     return f"{part.site} {part.state}: {reason}" if reason else f"{part.site} {part.state}."
+
+
+def _others(situation: Situation) -> list[str]:
+    """Return who of the job's sites is not in the round, and why."""
+    asked = {part.site for part in situation.parts}
+    said = [
+        f"{part.site} is still at its part of round {part.round_id.rpartition('.')[2]}, which may count later."
+        for part in situation.late
+        if part.state is PartState.LATE
+    ]
+    for site, member in sorted(situation.members.items()):
+        if member.has_left:
+            said.append(f"{site} has left the job: {_sentence(member.reason)}")
+        elif member.is_paused(situation.now) and member.paused_until is not None and site not in asked:
+            said.append(f"{site} is paused until {clock(member.paused_until)}: {_sentence(member.reason)}")
+    return said
+
+
+def _when_full(situation: Situation, round_: Round) -> list[str]:
+    """Return with how many updates the round ends without waiting for the others."""
+    if situation.job.target is None or round_.kind is not RoundKind.TRAIN:
+        return []
+    good = _good(situation, round_)
+    return [f"It is full with {situation.job.target} updates and has {good}: then it waits for no other."]
 
 
 def _title(situation: Situation, round_: Round) -> str:

@@ -19,7 +19,7 @@ from common.messages import ANSWERS, SITE_MESSAGES, Message, ModelReference, Sha
 from common.queues import ANSWER_TASKS, SITE_TASKS, AnswerKind, Kind
 from common.settings import ENV_PREFIX, Settings
 from coordinator.cli.reference import reference
-from coordinator.jobfile import GateTable, InitialModel, JobSpec, StrategyTable
+from coordinator.jobfile import GateTable, InitialModel, JobSpec, LateTable, ParticipationTable, StrategyTable
 from coordinator.strategies import STRATEGIES
 from coordinator.strategies.base import Strategy
 from docs import meanings, method_meanings, methods
@@ -65,6 +65,16 @@ def job_table() -> str:
 def strategy_field_table() -> str:
     """Return the fields of [strategy]."""
     return field_table(describe_fields(StrategyTable, meanings.STRATEGY))
+
+
+def participation_table() -> str:
+    """Return the fields of [participation]."""
+    return field_table(describe_fields(ParticipationTable, meanings.PARTICIPATION))
+
+
+def late_table() -> str:
+    """Return the fields of [late]."""
+    return field_table(describe_fields(LateTable, meanings.LATE))
 
 
 def gate_table() -> str:
@@ -132,6 +142,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "errors": error_table,
     "job": job_table,
     "strategy": strategy_field_table,
+    "participation": participation_table,
+    "late": late_table,
     "gate": gate_table,
     "initial-model": initial_model_table,
     "torch-config": torch_config_table,

@@ -6,6 +6,11 @@ JOB = {
     "rounds": "How many training rounds; 0 to build a model, or take the given one, and only test it.",
     "sites": "Who takes part. Without it: every site that is enrolled and enabled at the time of submission.",
     "min_sites": "The quorum: so many sites must have answered well for a round to count. Without it: more than half.",
+    "min_fraction": "The quorum as a share of the sites, or of the target if there is one.",
+    "round_extension_seconds": "How much longer a round may wait in all, in seconds, while a site that is missing "
+    "still reports progress; one that reports none is dropped at the deadline.",
+    "participation": "Who is asked in a training round, and for whose answers it waits.",
+    "late": "What becomes of an update that comes when its site is not waited for any more.",
     "round_deadline_seconds": "How long a round waits for answers, in seconds; what is missing then is dropped.",
     "start_deadline_seconds": "The same for the start, in which sites are asked whether they can take part. "
     "Without it: `round_deadline_seconds`.",
@@ -25,6 +30,30 @@ GATE = {
     "outlier_score": "When a round is settled, updates are quarantined that are this much further from the global "
     "model than the others: the modified z-score of the distance's decimal logarithm. At 6 that is a factor of 100 or "
     "more, at 3 one of 10; 0 for no comparison.",
+}
+PARTICIPATION = {
+    "choose": "Whom a training round asks: `all` that are alive; as many as are wanted at `random`, which the seed "
+    "repeats; those with most to spare (`available`: free slots, then idle processors, then memory); or by the name of "
+    "a function in the coordinator's setting `choosers`.",
+    "target_sites": "With so many updates a training round is full and waits for no other.",
+    "target_fraction": "The same as a share of the job's sites.",
+    "over_selection": "How many sites are asked, as a multiple of the target: 1.3 asks 130 % and takes the first "
+    "100 %.",
+    "join": "Whether sites that are enrolled or enabled later take part from the next round on, if they offer the "
+    "trainer. `fedchord join` and `fedchord leave` do it by hand.",
+    "absent_seconds": "A round that does not need a site for its quorum stops waiting when the site's heartbeat has "
+    "been missing for so long, in seconds.",
+    "pause_after": "A site without a good answer in so many rounds in a row is paused; 0 for never.",
+    "pause_seconds": "How long the first pause is, in seconds; then the site is asked again, and each further pause is "
+    "twice as long, up to a day.",
+}
+LATE = {
+    "policy": "`drop` takes no late answer; `count` takes it while its round is still open; `keep` also lets a "
+    "training round's update count in a later one, and its site is not asked for anything else until then.",
+    "within_seconds": "How long after the round's deadline an update may come, with `keep`. Without it: "
+    "`round_deadline_seconds`.",
+    "max_staleness": "An update counts at the most so many training rounds after its own.",
+    "discount": "The exponent a in (1 + staleness)^-a, by which a late update's weight is multiplied; 0 for none.",
 }
 INITIAL_MODEL = {
     "file": "A .safetensors file; relative to the job file.",
@@ -53,7 +82,7 @@ MESSAGE = {
     "reason": "Why, in a sentence.",
     "round": "The training round; 0 before the first.",
     "num_examples": "How many examples the answer stands for: its weight.",
-    "attempt": "A fencing number: an answer to an earlier attempt does not count.",
+    "attempt": "A fencing number: each asking again has a higher one, and places of its own to write to.",
     "task_id": "The part's name, and its Celery task's id.",
 }
 TORCH = {

@@ -219,7 +219,10 @@ DOCUMENTS: dict[str, dict[str, tuple[str, str]]] = {
         "model_id": ("text", "The model's id, a UUID."),
         "tenant_id": ("text", "Who put or made it; kept when it is fed back."),
         "model_store_ddc": ("text", "The model store."),
-        "model_kind": ("text", "What kind of model it is; a job's are `initial`, `update`, `global` and `moments`."),
+        "model_kind": (
+            "text",
+            "What kind of model; a job's are `initial`, `update`, `global`, `moments` and `optimizer`.",
+        ),
         "model_description": ("text", "A sentence for people."),
         "model_meta": ("object", "What its maker keeps with it."),
         "model_state": ("number", "Its [state](#states)."),

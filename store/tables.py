@@ -205,6 +205,7 @@ rounds = Table(
     Column("published_at", UtcDateTime, nullable=True),  # NULL: planned, perhaps not published
     Column("lease_owner", String, nullable=True),  # the process that is aggregating
     Column("lease_until", UtcDateTime, nullable=True),
+    Column("claims", Integer, nullable=False, default=0, server_default=text("0")),  # how often it was leased
     Column("metrics", Json, nullable=False, default=dict),
     Column("reason", Text, nullable=False, default=""),
     Column("seconds", Json, nullable=False, default=dict),  # timings by name
@@ -233,8 +234,22 @@ parts = Table(
     Column("answered_at", UtcDateTime, nullable=True),
     Column("update_norm", Float, nullable=True),  # L2, of update - global model
     Column("global_norm", Float, nullable=True),  # L2, of the global model
+    Column("counted_in", String, nullable=True),  # the later round that a late answer counts in; NULL: its own
     UniqueConstraint("round_id", "site"),
     UniqueConstraint("round_id", "position"),
+    Index("ix_parts_state_job_id_counted_in", "state", "job_id", "counted_in"),
+)
+
+members = Table(
+    "members",
+    metadata,
+    Column("job_id", String, ForeignKey("jobs.job_id"), primary_key=True),
+    Column("site", String, primary_key=True),
+    Column("failures", Integer, nullable=False),  # rounds in a row without a good answer
+    Column("pauses", Integer, nullable=False),  # in a row; each is twice as long as the one before
+    Column("paused_until", UtcDateTime, nullable=True),
+    Column("reason", Text, nullable=False),  # why it is paused or has left
+    Column("has_left", Boolean, nullable=False),  # it does not join again by itself
 )
 
 quarantine = Table(

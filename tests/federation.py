@@ -73,9 +73,10 @@ class ScriptedSite:
     app: Celery
     told: set[tuple[str, str]] = field(default_factory=set)  # notices that have come, by kind and job
 
-    def beat(self, *, trainers: tuple[str, ...] = ("constant",)) -> None:
+    def beat(self, *, trainers: tuple[str, ...] = ("constant",), **changes: Any) -> None:
         """Say once that the site is alive."""
-        write_heartbeat(self.services.broker, self.name, heartbeat(trainers), lifetime_seconds=60)
+        made = heartbeat(trainers).model_copy(update=changes)
+        write_heartbeat(self.services.broker, self.name, made, lifetime_seconds=60)
 
     def forget(self) -> None:
         """Empty the site's queue."""
@@ -349,4 +350,6 @@ def federation(folder: Path, *names: str, broker_url: str | None = None, **setti
 
 
 def _toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(name)} = {_toml(each)}" for name, each in value.items()) + "}"
     return json.dumps(value)  # for text, numbers and booleans that is TOML, too

@@ -58,11 +58,14 @@ class TorchTrainer(Trainer):
 
     @abstractmethod
     def train_data(self) -> Dataset[Any]:
-        """Return the site's training examples, each (input, …, target); read once. A TensorDataset is fastest."""
+        """Return the site's training examples, each (input, …, target); read once. A TensorDataset is fastest.
+
+        Random numbers are seeded as for the model.
+        """
 
     @abstractmethod
     def test_data(self) -> Dataset[Any]:
-        """Return the site's test examples; read once."""
+        """Return the site's test examples; read once, with random numbers seeded as for the model."""
 
     def loss(self, outputs: Any, targets: Any) -> torch.Tensor:
         """Return the batch's mean loss: cross entropy."""
@@ -193,11 +196,13 @@ class TorchTrainer(Trainer):
 
     @cached_property
     def _train_data(self) -> Dataset[Any]:
-        return self.train_data()
+        with self._seeded(self.context.seed):  # a split drawn at random is the same when the trainer is made anew
+            return self.train_data()
 
     @cached_property
     def _test_data(self) -> Dataset[Any]:
-        return self.test_data()
+        with self._seeded(self.context.seed):
+            return self.test_data()
 
     def _batches(self, data: Dataset[Any], indices: tuple[torch.Tensor, ...]) -> Iterator[Any]:
         if isinstance(data, TensorDataset):  # ten times as fast as a DataLoader for small examples

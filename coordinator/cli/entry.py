@@ -28,6 +28,8 @@ _COMMANDS = {  # name -> (where it is defined, what it does)
     "jobs": ("coordinator.cli.jobs:jobs", "List the jobs, or show one."),
     "watch": ("coordinator.cli.jobs:watch", "Follow a job until it ends."),
     "abort": ("coordinator.cli.jobs:abort", "End a job now."),
+    "join": ("coordinator.cli.membership:join", "Let a site take part in a job from its next round on."),
+    "leave": ("coordinator.cli.membership:leave", "Take a site out of a job."),
     "why": ("coordinator.cli.why:why", "Say what a job waits for, since when and until when."),
     "doctor": ("coordinator.cli.doctor:doctor", "Check all that the coordinator needs, and say what to mend."),
     "quarantine": ("coordinator.cli.quarantine:quarantine", "List, show, release and refuse quarantined updates."),

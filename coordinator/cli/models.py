@@ -43,7 +43,7 @@ Example:
 )
 @_store_option
 @click.option("--job", help="Only the models of the job whose id begins so.")
-@click.option("--kind", help="Only models of this kind; a job makes initial, update, global and moments.")
+@click.option("--kind", help="Only models of this kind; a job makes initial, update, global, moments, optimizer.")
 @click.option("--state", type=click.Choice(list(STATES), case_sensitive=False), help="Only models in this state.")
 @click.option("--round", type=click.IntRange(0), help="Only models of this round of their job.")
 @click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many, the newest.")

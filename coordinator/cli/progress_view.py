@@ -10,8 +10,10 @@ from rich.text import Text
 from common.heartbeats import Heartbeat
 from coordinator.cli.output import metrics_text
 from coordinator.jobs import LIVE
+from coordinator.parts import Part
 from coordinator.progress import JobProgress
-from coordinator.rounds import Part, PartState, Round, RoundKind, RoundState
+from coordinator.rounds import Round
+from coordinator.states import PartState, RoundKind, RoundState
 
 MAIN_METRIC = "accuracy"
 
@@ -25,6 +27,8 @@ _STYLES = {
     PartState.DECLINED: "magenta",
     PartState.FAILED: "red",
     PartState.DROPPED: "red",
+    PartState.LATE: "yellow",
+    PartState.KEPT: "green",
 }
 
 

@@ -21,11 +21,12 @@ from coordinator.demo.results import Summary, median_seconds, write_metrics
 from coordinator.jobfile import JobSpec, read_job_file
 from coordinator.jobs import JobState
 from coordinator.model_weights import model_weights
+from coordinator.parts import Part, find_parts
 from coordinator.progress import JobProgress
-from coordinator.rounds import Part, RoundKind, find_parts
 from coordinator.services import Services, open_services
 from coordinator.stack import lifecycle
 from coordinator.stack.wishes import Wishes
+from coordinator.states import RoundKind
 from coordinator.submitting import submit
 from store.database import reading
 from store.export import export_single

@@ -10,11 +10,12 @@ from typing import Any
 
 from common.errors import InvalidInput, NotFound
 from common.settings import Settings
+from coordinator.parts import Part, find_parts
 from coordinator.progress import JobProgress
-from coordinator.rounds import Part, RoundKind, find_parts
 from coordinator.services import Services
 from coordinator.stack import lifecycle
 from coordinator.stack.wishes import Wishes
+from coordinator.states import RoundKind
 from store.client import Api
 from store.database import reading
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.demo.edges import Share
+from coordinator.parts import Part
 from coordinator.progress import JobProgress
-from coordinator.rounds import Part, Round, RoundKind, RoundState
+from coordinator.rounds import Round
+from coordinator.states import RoundKind, RoundState
 
 EVERY_SITE = "all"  # in the column `site`: the round as a whole, metrics weighted by examples
 

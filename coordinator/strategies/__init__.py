@@ -6,14 +6,22 @@ from pydantic import ValidationError
 
 from common.errors import InvalidInput
 from coordinator.strategies.base import Strategy
+from coordinator.strategies.fedadagrad import FedAdagrad
+from coordinator.strategies.fedadam import FedAdam
 from coordinator.strategies.fedavg import FedAvg
+from coordinator.strategies.fedavgm import FedAvgM
 from coordinator.strategies.fedmedian import FedMedian
 from coordinator.strategies.fedprox import FedProx
+from coordinator.strategies.fedyogi import FedYogi
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "fedavg": FedAvg,
     "fedmedian": FedMedian,
     "fedprox": FedProx,
+    "fedavgm": FedAvgM,
+    "fedadagrad": FedAdagrad,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
 }
 
 

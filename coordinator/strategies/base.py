@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,15 @@ class Strategy(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    is_weighted: ClassVar[bool] = True  # whether `combine` heeds the weights; if not, a stale update counts in full
+
     @abstractmethod
     def combine(self, blocks: Iterable[Block], weights: tuple[float, ...], out: Block) -> None:
         """Write the combination of the updates' blocks to `out`.
 
         `blocks` yields one array of out's shape and dtype for each weight; it is overwritten when the next is taken,
-        and may be altered. `weights` are the sites' shares of all examples and add up to 1.
+        and may be altered. `weights` add up to 1: they are the sites' shares of all examples, and what a discount has
+        taken from stale updates is the weight of the round's own model, which then comes last.
         """
 
     def trainer_config(self) -> dict[str, Any]:

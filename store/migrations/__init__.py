@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 _migrating = threading.Lock()  # Alembic changes one database at a time in a process
 
-HEAD = "0003"  # the newest revision
+HEAD = "0005"  # the newest revision
 
 
 def migration_config(connection: Connection | None = None) -> "Config":

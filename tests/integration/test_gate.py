@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from common.messages import Message, Shard, TrainingFinished, UpdateRoundStart
+from coordinator.parts import Part
 from coordinator.progress import job_progress
-from coordinator.rounds import Part
 from coordinator.submitting import submit
 from store.database import reading
 from store.models import ModelInfo, find_models

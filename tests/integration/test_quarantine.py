@@ -20,10 +20,12 @@ from coordinator.cli.entry import cli
 from coordinator.closing import settle_round, start_job
 from coordinator.gate import receive_answer
 from coordinator.jobs import Job
+from coordinator.parts import Part, find_parts
 from coordinator.quarantine import Entry, EntryState, find_entries, find_entry, keep_quarantine
 from coordinator.releasing import refuse, release
-from coordinator.rounds import Part, RoundState, find_parts, get_round
+from coordinator.rounds import get_round
 from coordinator.services import Services
+from coordinator.states import RoundState
 from coordinator.submitting import submit
 from store.blobs import Blob, hash_bytes
 from store.database import reading, writing

@@ -12,33 +12,33 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import update
 
 from common.broker import connect
 from common.errors import BrokerUnavailable, Conflict
 from common.heartbeats import read_heartbeats
 from common.queues import site_queue
 from common.settings import Settings
-from coordinator import closing, submitting
+from coordinator import closing, combining, submitting
 from coordinator.aggregation import shares
+from coordinator.asking import Asking
+from coordinator.combining import OPTIMIZER
 from coordinator.jobs import JobState, add_job, get_job, new_job
+from coordinator.parts import find_parts, leave_parts
 from coordinator.planning import plan_next
 from coordinator.progress import job_progress
-from coordinator.rounds import RoundKind, claim_round, drop_waiting
+from coordinator.rounds import claim_round
+from coordinator.states import PartState, RoundKind
 from coordinator.submitting import submit
-from coordinator.sweeper import Asked
 from store.database import reading, writing
 from store.models import find_models
-from store.tables import rounds, utc_now
 from tests.contract.postgres import PostgresServer
-from tests.federation import Federation, Tensors, federation, wait_until
+from tests.federation import Federation, Tensors, federation, heartbeat, read_model, wait_until
 from tests.servers import valkey
 
 NAMES = ("alpha", "beta", "gamma")
@@ -54,7 +54,10 @@ def train(site: str, number: int, tensors: Mapping[str, np.ndarray]) -> tuple[Te
     return {"w": tensors["w"] * np.float32(0.9) + step, "n": tensors["n"] + number}, 1 + seed % 100
 
 
-def reference(rounds: int) -> dict[str, np.ndarray]:
+Step = Callable[[np.ndarray, np.ndarray], np.ndarray]  # gives the new model of the model and the updates' mean
+
+
+def reference(rounds: int, step: Step = lambda model, mean: mean) -> dict[str, np.ndarray]:
     """Train in one process: the plain loop that every federated job must equal."""
     model: Tensors = train("alpha", 0, {})[0]
     for number in range(1, rounds + 1):
@@ -62,8 +65,21 @@ def reference(rounds: int) -> dict[str, np.ndarray]:
         total = np.zeros(1000, np.float32)
         for (tensors, _), weight in zip(updates, shares([count for _, count in updates]), strict=True):
             total += tensors["w"] * np.float32(weight)
-        model = {"w": total, "n": np.maximum.reduce([tensors["n"] for tensors, _ in updates])}
+        model = {"w": step(model["w"], total), "n": np.maximum.reduce([tensors["n"] for tensors, _ in updates])}
     return dict(model)
+
+
+class PlainAdam:
+    """FedAdam as the paper has it, with both moments in this process's memory."""
+
+    def __init__(self) -> None:
+        self.first, self.second = np.zeros(1000, np.float32), np.zeros(1000, np.float32)
+
+    def __call__(self, model: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        real, change = np.float32, mean - model
+        self.first = real(0.9) * self.first + real(1 - 0.9) * change
+        self.second = real(0.99) * self.second + real(1 - 0.99) * change**2
+        return model + self.first / (np.sqrt(self.second) + real(1e-3)) * real(0.1)
 
 
 @pytest.fixture
@@ -77,10 +93,10 @@ def serve_all(made: Federation, stack: ExitStack, *, seed: int = 0) -> None:
         stack.enter_context(site.serving(lambda number, tensors, name=name: train(name, number, tensors), seed=seed))
 
 
-def assert_same_as_reference(made: Federation, job_id: str, rounds: int = ROUNDS) -> None:
+def assert_same_as_reference(made: Federation, job_id: str, rounds: int = ROUNDS, **options: Step) -> None:
     job = made.job(job_id)
     assert job.state is JobState.COMPLETED, job.reason
-    expected, found = reference(rounds), made.model(job_id)
+    expected, found = reference(rounds, **options), made.model(job_id)
     assert {name: tensor.tobytes() for name, tensor in found.items()} == {
         name: np.asarray(tensor).tobytes() for name, tensor in expected.items()
     }
@@ -148,10 +164,33 @@ def test_a_coordinator_killed_in_mid_round_goes_on_after_a_restart(three_sites: 
 def test_a_coordinator_that_is_killed_again_and_again_at_random_moments_gets_there(
     three_sites: Federation, seed: int
 ) -> None:
+    job_id = train_while_it_is_killed(three_sites, seed, test_every=2)
+    assert_same_as_reference(three_sites, job_id)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_optimizers_moments_survive_it_when_the_coordinator_is_killed_again_and_again(
+    three_sites: Federation, seed: int
+) -> None:
+    job_id = train_while_it_is_killed(three_sites, seed, strategy={"name": "fedadam"}, test_every=0)
+    optimizer = PlainAdam()
+    assert_same_as_reference(three_sites, job_id, step=optimizer)
+    with reading(three_sites.services.engine) as connection:
+        (newest,) = find_models(connection, job_id=job_id, kind="global", limit=1)
+        kept = find_models(connection, job_id=job_id, kind=OPTIMIZER)
+    assert sorted(state.round for state in kept) == list(range(1, ROUNDS + 1))  # one for each round, and no other
+    assert newest.model_meta[OPTIMIZER]["model_id"] == kept[0].model_id
+    moments = read_model(three_sites.services, kept[0])
+    assert moments["first/w"].tobytes() == optimizer.first.tobytes()
+    assert moments["second/w"].tobytes() == optimizer.second.tobytes()
+
+
+def train_while_it_is_killed(three_sites: Federation, seed: int, **spec: Any) -> str:
+    """Train a job to its end while the coordinator is killed at random moments; return the job's id."""
     moments = random.Random(seed)
     with ExitStack() as stack:
         serve_all(three_sites, stack, seed=seed)
-        job = submit(three_sites.services, three_sites.spec(rounds=ROUNDS, test_every=2))
+        job = submit(three_sites.services, three_sites.spec(rounds=ROUNDS, **spec))
         kills = 0
         while three_sites.job(job.job_id).state in (JobState.SUBMITTED, JobState.RUNNING) and kills < 6:
             log = f"coordinator-{kills}.log"
@@ -162,7 +201,7 @@ def test_a_coordinator_that_is_killed_again_and_again_at_random_moments_gets_the
             kills += 1
         with three_sites.coordinator():
             three_sites.wait(job.job_id, "completed", "failed", seconds=30)
-    assert_same_as_reference(three_sites, job.job_id)
+    return job.job_id
 
 
 def test_a_round_whose_chord_counters_are_lost_is_closed_all_the_same(three_sites: Federation) -> None:
@@ -187,7 +226,12 @@ def test_a_round_that_was_planned_but_never_sent_is_sent(three_sites: Federation
     job = new_job(three_sites.spec(rounds=ROUNDS), sites=NAMES, model_id=None, submitted_by="test")
     with writing(services.engine) as connection:
         add_job(connection, job)
-        assert plan_next(connection, get_job(connection, job.job_id), None, alive=frozenset(NAMES)) is not None
+        assert (
+            plan_next(
+                connection, get_job(connection, job.job_id), None, alive=dict.fromkeys(NAMES, heartbeat(("constant",)))
+            )
+            is not None
+        )
     with three_sites.coordinator(), ExitStack() as stack:
         serve_all(three_sites, stack)
         three_sites.wait(job.job_id, "completed", "failed")
@@ -231,7 +275,7 @@ def test_an_abort_and_the_end_of_a_round_do_not_wait_for_each_other(
         closing.start_job(services, job.job_id)
         (round_,) = job_progress(services, job.job_id).rounds
         with writing(services.engine) as connection:
-            drop_waiting(connection, round_.round_id, "test")
+            leave_parts(connection, find_parts(connection, round_.round_id), PartState.DROPPED, "test")
         with ThreadPoolExecutor(2) as pool:
             settled = pool.submit(closing.settle_round, services, round_.round_id)
             aborted = pool.submit(submitting.abort, services, job.job_id, "test")
@@ -247,24 +291,22 @@ def test_a_site_that_never_answers_is_asked_ever_more_rarely(
     services = three_sites.services
     job = submit(services, three_sites.spec(sites=("alpha",), round_deadline_seconds=3600))
     closing.start_job(services, job.job_id)
-    long_ago = utc_now() - timedelta(hours=1)
-    with writing(services.engine) as connection:
-        connection.execute(update(rounds).values(published_at=long_ago))
-    asked, times = Asked(), []
+    asking, times = Asking(), []
+    heartbeats = read_heartbeats(services.broker, ["alpha"])
     for second in range(200):
         services.broker.delete(site_queue("alpha"))
-        monkeypatch.setattr("coordinator.sweeper.time.monotonic", lambda second=second: float(second))
-        asked.ask_again(services)
+        monkeypatch.setattr("coordinator.asking.time.monotonic", lambda second=second: float(second))
+        asking.ask_again(services, job_progress(services, job.job_id).parts, heartbeats)
         if services.broker.llen(site_queue("alpha")):
             times.append(second)
-    assert times == [0, 1, 3, 7, 15, 31, 63, 127]
+    assert times == [1, 2, 4, 8, 16, 32, 64, 128]
 
 
 def test_a_process_may_open_as_many_files_as_a_round_has_updates() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
-        closing._allow_open_files(512)
+        combining._allow_open_files(512)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (512, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -25,8 +25,9 @@ from common.queues import cancel_key
 from common.signing import SigningKey
 from common.transport import dead_letter_key
 from coordinator.jobs import JobState, find_jobs
+from coordinator.parts import Part
 from coordinator.progress import JobProgress, job_progress
-from coordinator.rounds import Part, RoundKind, RoundState
+from coordinator.states import RoundKind, RoundState
 from coordinator.submitting import abort, submit
 from store.database import reading, writing
 from store.lineage import lineage

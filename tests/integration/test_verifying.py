@@ -149,6 +149,65 @@ def test_the_strategy_is_the_one_of_the_models_record(running: Federation, strat
     assert strategy["name"] in verdict.sentence
 
 
+@pytest.fixture(scope="module")
+def stepped(running: Federation) -> Trained:
+    """Give a job of a server optimizer; its large tensors, and their moments, fill a shard each."""
+    return do_job(running, strategy={"name": "fedadam", "server_learning_rate": 0.5})
+
+
+def kept_by(trained: Trained, model: ModelInfo) -> ModelInfo:
+    """Return what the optimizer has kept with the model."""
+    with reading(trained.made.services.engine) as connection:
+        return get_model(connection, model.model_meta["optimizer"]["model_id"])
+
+
+def test_what_a_server_optimizer_keeps_is_recomputed_with_its_model(stepped: Trained) -> None:
+    verdicts = stepped.verify(whole_chain=True)
+    assert [(each.result, each.updates) for each in verdicts] == [(Result.SAME, 3)] * ROUNDS + [(Result.INTACT, 0)]
+    assert verdicts[0].sentence.endswith("it is the same to the bit, and so is what the optimizer keeps.")
+    state = kept_by(stepped, stepped.models("global")[0])
+    assert len(state.shards) > 2
+    (verdict,) = stepped.verify(state.model_id)
+    assert verdict.result is Result.INTACT
+    assert "is recomputed with the round's global model" in verdict.sentence
+
+
+def test_moments_that_were_changed_with_their_records_are_told(stepped: Trained) -> None:
+    newest, second, first = stepped.models("global")
+    services = stepped.made.services
+    wrong = kept_by(stepped, first)
+    named = {"model_id": wrong.model_id, "digest": wrong.model_hash, "strategy": "fedadam"}
+    forged = replace(second, model_id=new_model_id(), job_id=None, model_meta=second.model_meta | {"optimizer": named})
+    with writing(services.engine) as connection:
+        add_model(connection, forged)
+    (verdict,) = stepped.verify(forged.model_id)
+    assert verdict.result is Result.DIFFERENT
+    assert verdict.troubles[0].startswith("What the optimizer keeps: Tensor 'first/a': ")
+    named = {**named, "digest": newest.model_meta["optimizer"]["digest"]}
+    forged = replace(second, model_id=new_model_id(), job_id=None, model_meta=second.model_meta | {"optimizer": named})
+    with writing(services.engine) as connection:
+        add_model(connection, forged)
+    (verdict,) = stepped.verify(forged.model_id)
+    assert verdict.result is Result.DIFFERENT
+    assert verdict.troubles[0].startswith(f"Model {wrong.model_id} is not what the optimizer kept: ")
+
+
+def test_moments_that_are_damaged_or_deleted_are_told(running: Federation) -> None:
+    trained = do_job(running, strategy={"name": "fedyogi"})
+    _, second, first = trained.models("global")
+    state, before = kept_by(trained, second), kept_by(trained, first)
+    with writing(running.services.engine) as connection:
+        connection.execute(delete(model_info).where(model_info.c.model_id == before.model_id))
+    (verdict,) = trained.verify(second.model_id)
+    assert verdict.result is Result.MISSING
+    assert verdict.troubles == (f"What the optimizer kept before it ({before.model_id}) was deleted.",)
+    trained.path(state.shards[0]).chmod(0o644)
+    os.truncate(trained.path(state.shards[0]), 100)
+    (verdict,) = trained.verify(second.model_id)
+    assert verdict.result is Result.DIFFERENT
+    assert "of what the optimizer keeps: " in verdict.troubles[0]
+
+
 def test_an_update_has_nothing_to_recompute_and_is_intact(trained: Trained) -> None:
     (verdict,) = trained.verify(trained.models("update")[0].model_id)
     assert verdict.result is Result.INTACT

@@ -1,6 +1,7 @@
 """Putting updates together: right numbers, whole integers, the same bits however the work is cut up."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -9,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import InvalidInput, InvalidTensors
 from coordinator import aggregation
-from coordinator.aggregation import aggregate, shares, weighted_metrics
+from coordinator.aggregation import Contribution, Moments, aggregate, shares, weigh, weighted_metrics
 from coordinator.strategies import STRATEGIES
 from coordinator.strategies.base import Strategy
 from coordinator.strategies.fedavg import FedAvg
 from coordinator.strategies.fedmedian import FedMedian
+from coordinator.strategies.optimizer import ServerOptimizer
 from store.tensors import schema_of
 
 Tensors = Mapping[str, np.ndarray]
@@ -35,9 +38,44 @@ class InMemory:
 
 def combine(updates: list[Tensors], examples: list[int], strategy: Strategy | None = None, **options: Any) -> Tensors:
     target = InMemory({name: np.zeros_like(tensor) for name, tensor in updates[0].items()})
-    sources = [InMemory(update) for update in updates]
-    aggregate(strategy or FedAvg(), schema_of(updates[0]), sources, examples, target, **options)
+    contributions = [
+        Contribution(update=InMemory(update), num_examples=count)
+        for update, count in zip(updates, examples, strict=True)
+    ]
+    aggregate(strategy or FedAvg(), schema_of(updates[0]), contributions, target, **options)
     return target.tensors
+
+
+@dataclass(frozen=True)
+class Late:
+    """An update that was trained from an earlier model than the round's."""
+
+    update: Tensors
+    base: Tensors
+    staleness: int = 1
+    num_examples: int = 1
+
+
+def combine_late(
+    current: Tensors, /, updates: Sequence[Late], strategy: Strategy | None = None, **options: Any
+) -> Tensors:
+    target = InMemory({name: np.zeros_like(tensor) for name, tensor in current.items()})
+    contributions = [
+        Contribution(
+            update=InMemory(each.update),
+            num_examples=each.num_examples,
+            staleness=each.staleness,
+            base=InMemory(each.base) if each.staleness else None,
+        )
+        for each in updates
+    ]
+    options = {"current": InMemory(current), **options}
+    aggregate(strategy or FedAvg(), schema_of(current), contributions, target, **options)
+    return target.tensors
+
+
+def vector(*values: float) -> Tensors:
+    return {"w": np.float32(values)}
 
 
 def reference(updates: list[np.ndarray], examples: list[int]) -> np.ndarray:
@@ -101,6 +139,151 @@ def test_neither_blocks_nor_threads_change_a_bit(name: str, monkeypatch: pytest.
 def test_the_median_is_taken_for_each_coordinate_and_one_wild_update_does_not_move_it() -> None:
     updates: list[Tensors] = [{"w": np.float32(values)} for values in ([1, 5], [2, 4], [1e30, -1e30])]
     assert combine(updates, [1, 1, 10**6], FedMedian())["w"].tolist() == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("examples", "staleness", "discount", "weights"),
+    [
+        ([1, 3], [0, 0], 0.5, (0.25, 0.75)),
+        ([1, 3], [3, 0], 0.5, (0.125, 0.75)),  # 1/4 / sqrt(1 + 3)
+        ([1, 1], [1, 3], 1.0, (0.25, 0.125)),  # 1/2 / 2, 1/2 / 4
+        ([1, 1], [1, 3], 0.0, (0.5, 0.5)),
+    ],
+)
+def test_a_stale_update_weighs_less(
+    examples: list[int], staleness: list[int], discount: float, weights: tuple[float, ...]
+) -> None:
+    assert weigh(examples, staleness, discount) == weights
+
+
+@pytest.mark.parametrize(
+    ("updates", "discount", "result"),
+    [
+        # current 10; one update of this round to 14, and one of three rounds ago that went from 2 to 6, so changed +4
+        ([Late(vector(14), vector(), 0), Late(vector(6), vector(2), 3)], 0.0, 14),  # 10 + 4/2 + 4/2
+        ([Late(vector(14), vector(), 0), Late(vector(6), vector(2), 3)], 0.5, 13),  # 10 + 4/2 + 4/2 / sqrt(4)
+        ([Late(vector(14), vector(), 0), Late(vector(6), vector(2), 3)], 1.0, 12.5),  # 10 + 4/2 + 4/2 / 4
+        ([Late(vector(6), vector(2), 3), Late(vector(14), vector(), 0)], 0.5, 13),  # in any place
+        ([Late(vector(6), vector(2), 3)], 0.5, 12),  # 10 + 4 / sqrt(4): all are stale
+        ([Late(vector(6), vector(2), 3, 3), Late(vector(6), vector(14), 1, 1)], 1.0, 9.75),  # 10 + 4*3/4/4 - 8/4/2
+    ],
+)  # fmt: skip
+def test_a_stale_update_counts_with_what_it_changes(updates: list[Late], discount: float, result: float) -> None:
+    assert combine_late(vector(10), updates, discount=discount)["w"].tolist() == [result]
+
+
+def test_the_median_takes_a_stale_update_in_full_and_not_the_current_model() -> None:
+    late = [Late(vector(6), vector(2), 5), Late(vector(20), vector(), 0), Late(vector(30), vector(), 0)]
+    assert combine_late(vector(10), late, FedMedian(), discount=0.5)["w"].tolist() == [20]  # of 14, 20, 30
+
+
+def test_whole_numbers_of_a_stale_update_are_taken_as_they_are() -> None:
+    current, base = {"n": np.array([9, 9])}, {"n": np.array([5, 5])}
+    late = [Late({"n": np.array([6, 8])}, base), Late({"n": np.array([7, 7])}, {}, 0)]
+    assert combine_late(current, late, discount=0.5)["n"].tolist() == [7, 8]
+
+
+def test_what_a_stale_update_changes_is_not_rounded_to_the_models_dtype() -> None:
+    short = ml_dtypes.bfloat16  # of 8 bits: 256 + 1 is 256
+    values = {name: {"w": np.array([value], short)} for name, value in (("u", 3), ("b", 2), ("g", 256))}
+    late = [Late(values["u"], values["b"], 1), Late({"w": np.array([259], short)}, {}, 0)]
+    assert late[1].update["w"][0] == 260  # 259 is rounded
+    assert combine_late(values["g"], late)["w"][0] == 258  # (257 + 260) / 2, rounded once
+
+
+def test_a_complex_tensor_of_a_stale_update_counts_by_parts() -> None:
+    parts = {name: {"w": np.complex64([value])} for name, value in (("u", 3 + 4j), ("b", 1 + 1j), ("g", 10j))}
+    assert combine_late(parts["g"], [Late(parts["u"], parts["b"])])["w"].tolist() == [2 + 13j]
+
+
+def test_a_stale_update_that_leads_to_infinity_is_no_model() -> None:
+    huge = [Late(vector(3e38), vector(-3e38))]
+    with pytest.raises(InvalidTensors, match="'w' is not finite"):
+        combine_late(vector(0), huge)
+
+
+def test_a_stale_update_without_its_base_is_a_mistake() -> None:
+    with pytest.raises(InvalidInput, match="needs the models that it starts from"):
+        combine_late(vector(0), [Late(vector(1), vector(0))], current=None)
+
+
+def bits_of(seed: int, size: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(sorted(STRATEGIES)),
+    examples=st.lists(st.integers(1, 10**9), min_size=1, max_size=5),
+    staleness=st.lists(st.integers(0, 4), min_size=5, max_size=5),
+    size=st.integers(1, 300),
+    block=st.integers(1, 80),
+    threads=st.integers(1, 3),
+    is_first=st.booleans(),
+)
+def test_neither_blocks_nor_threads_change_a_bit_of_stale_updates_and_optimizers(
+    name: str, examples: list[int], staleness: list[int], size: int, block: int, threads: int, is_first: bool
+) -> None:
+    late = [
+        Late({"w": bits_of(10 + n, size)}, {"w": bits_of(20 + n, size)}, staleness[n], count)
+        for n, count in enumerate(examples)
+    ]
+    strategy = STRATEGIES[name]()
+
+    def made() -> dict[str, bytes]:
+        after, before = InMemory({}), None
+        moments = None
+        if isinstance(strategy, ServerOptimizer):
+            after = InMemory({f"{state}/w": np.empty(size, np.float32) for state in strategy.state_names})
+            kept = InMemory({f"{state}/w": abs(bits_of(9, size)) for state in strategy.state_names})
+            before = None if is_first else dict.fromkeys(strategy.state_names, kept)
+            moments = Moments(before=before, after=after)
+        model = combine_late({"w": bits_of(1, size)}, late, strategy, discount=0.5, moments=moments, threads=threads)
+        return {key: value.tobytes() for key, value in (model | after.tensors).items()}
+
+    whole = made()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aggregation, "BLOCK_ELEMENTS", block)
+        assert made() == whole
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    examples=st.lists(st.integers(1, 10**12), min_size=1, max_size=6),
+    discount=st.floats(0, 4),
+    has_current=st.booleans(),
+)
+def test_without_a_stale_update_the_discount_changes_no_bit(
+    examples: list[int], discount: float, has_current: bool
+) -> None:
+    updates = [bits_of(number, 50) for number in range(len(examples))]
+    late = [Late({"w": update}, {}, 0, count) for update, count in zip(updates, examples, strict=True)]
+    options = {} if has_current else {"current": None}
+    found = combine_late({"w": bits_of(99, 50)}, late, discount=discount, **options)["w"]
+    assert found.tobytes() == reference(updates, examples).tobytes()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    examples=st.lists(st.integers(1, 10**6), min_size=1, max_size=6),
+    staleness=st.lists(st.integers(0, 20), min_size=6, max_size=6),
+    discount=st.floats(0, 4),
+)
+def test_the_new_model_is_the_current_one_and_the_weighted_changes(
+    examples: list[int], staleness: list[int], discount: float
+) -> None:
+    current = bits_of(1, 50)
+    late = [
+        Late({"w": bits_of(10 + n, 50)}, {"w": bits_of(20 + n, 50)}, staleness[n], count)
+        for n, count in enumerate(examples)
+    ]
+    expected = current.astype(np.float64)
+    for each, count in zip(late, examples, strict=True):
+        base = each.base["w"] if each.staleness else current
+        weight = count / sum(examples) * (1 + each.staleness) ** -discount
+        expected += weight * (each.update["w"].astype(np.float64) - base)
+    found = combine_late({"w": current}, late, discount=discount)["w"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=50)

@@ -26,6 +26,8 @@ def test_the_commands_are_those_that_the_reference_promises() -> None:
         "fedchord jobs",
         "fedchord watch",
         "fedchord abort",
+        "fedchord join",
+        "fedchord leave",
         "fedchord why",
         "fedchord doctor",
         "fedchord quarantine",

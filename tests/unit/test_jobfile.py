@@ -58,12 +58,54 @@ def test_a_good_file_is_read_with_its_defaults(tmp_path: Path) -> None:
         ("mu = 0.1", "nu = 1", "line 11: strategy.nu: Extra inputs are not permitted"),
         ("[config]", '[initial_model]\nfile = "none"\n[config]', "line 7: initial_model.file: there is no file"),
         ("[config]", '[initial_model]\nfile = "a"\nmodel = "b"\n[config]', "give either file or model, not both"),
+        ("rounds = 20", "rounds = 20\nmin_sites = 1\nmin_fraction = 0.5", "give min_sites or min_fraction, not both"),
+        ("[config]", "[participation]\nover_selection = 1.3\n[config]", "line 6: participation: .* multiple of them$"),
+        ("[config]", '[participation]\nchoose = "random"\n[config]', "choose = 'random' needs target_sites"),
+        ("[config]", "[participation]\ntarget_sites = 2\ntarget_fraction = 0.5\n[config]", "not both"),
+        ("rounds = 20", "rounds = 20\nmin_sites = 3\nparticipation.target_sites = 2", "more than target_sites, 2"),
+        ("[config]", '[late]\npolicy = "hope"\n[config]', "line 7: late.policy: .* 'drop', 'count' or 'keep'"),
         ("rounds = 20", "rounds =", r"not valid TOML: Invalid value \(at line 3"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named(tmp_path: Path, old: str, new: str, trouble: str) -> None:
     with pytest.raises(InvalidJobFile, match=trouble):
         read(tmp_path, GOOD.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_sites", "quorum"),
+    [
+        ("", 10, 6),
+        ("min_sites = 4", 10, 4),
+        ("min_fraction = 0.5", 10, 5),
+        ("min_fraction = 0.7", 10, 7),  # 0.7 * 10 is a little more than 7 to a computer
+        ("min_fraction = 0.01", 10, 1),
+        ("participation.target_sites = 4", 10, 3),  # more than half of the target
+        ("participation.target_sites = 20", 10, 6),
+        ("participation.target_fraction = 0.5", 10, 3),
+        ("min_fraction = 1\nparticipation.target_sites = 4", 10, 4),
+    ],
+)
+def test_the_quorum(tmp_path: Path, fields: str, num_sites: int, quorum: int) -> None:
+    spec = read(tmp_path, GOOD.replace('sites = ["alpha", "beta", "gamma"]', fields))
+    assert spec.quorum(num_sites) == quorum
+
+
+@pytest.mark.parametrize(
+    ("fields", "start", "train", "test"),
+    [
+        ("", 3600, 3600, 3600),
+        ("round_deadline_seconds = 60\nround_extension_seconds = 30", 90, 90, 90),
+        ("start_deadline_seconds = 10\nround_deadline_seconds = 60", 10, 60, 60),
+        ('round_deadline_seconds = 60\nlate.policy = "keep"', 60, 120, 60),
+        ('round_deadline_seconds = 60\nlate.policy = "keep"\nlate.within_seconds = 5', 60, 65, 60),
+    ],
+)
+def test_how_long_an_answer_may_count(tmp_path: Path, fields: str, start: float, train: float, test: float) -> None:
+    spec = read(tmp_path, GOOD.replace("rounds = 20", f"rounds = 20\n{fields}"))
+    assert spec.longest_seconds(start=True, train=False) == start
+    assert spec.longest_seconds(start=False, train=True) == train
+    assert spec.longest_seconds(start=False, train=False) == test
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 import pytest
 
+from coordinator.choosing import candidates
 from coordinator.jobfile import JobSpec
 from coordinator.jobs import Job, new_job
-from coordinator.planning import Step, choose_sites, next_step
-from coordinator.rounds import RoundKind
+from coordinator.planning import Step, next_step
+from coordinator.states import RoundKind
+from tests.federation import heartbeat
 
 START, TRAIN, TEST, SWAG = RoundKind.START, RoundKind.TRAIN, RoundKind.TEST, RoundKind.SWAG
 
@@ -56,4 +58,5 @@ def test_the_start_is_repeated_until_there_is_a_model() -> None:
     ],
 )
 def test_the_sites_that_are_asked(enabled: str, alive: str, chosen: str) -> None:
-    assert choose_sites(job(), enabled=frozenset(enabled), alive=frozenset(alive)) == tuple(chosen)
+    found = candidates(job(), enabled=frozenset(enabled), alive=dict.fromkeys(alive, heartbeat(("t",))))
+    assert "".join(each.site for each in found) == chosen

@@ -13,8 +13,9 @@ from common.settings import Settings
 from coordinator.jobfile import JobSpec
 from coordinator.jobs import Job, JobState, add_job, end_job, new_job
 from coordinator.progress import job_progress
-from coordinator.rounds import Round, RoundKind, RoundState, add_round
+from coordinator.rounds import Round, add_round
 from coordinator.services import Services, make_key, open_services
+from coordinator.states import RoundKind, RoundState
 from store.database import writing
 from store.tables import rounds, utc_now
 
@@ -124,10 +125,10 @@ def test_rounds_that_had_ended_are_not_read_again_until_the_job_ends(services: S
     event.listen(services.engine, "after_cursor_execute", count)
     seen = job_progress(services, job.job_id, since=seen)
     assert len(read) == 3  # the job, the rounds, the parts of the newest
-    assert seen.rounds == (*ended, sixth)
+    assert seen.rounds == (*ended, sixth, early)
     with writing(services.engine) as connection:
         assert end_job(connection, job.job_id, JobState.COMPLETED)
-    assert job_progress(services, job.job_id, since=seen).rounds == (early, *ended, sixth)
+    assert job_progress(services, job.job_id, since=seen).rounds == (*ended, sixth, early)
 
 
 def test_progress_of_another_job_is_of_no_use(services: Services, job: Job) -> None:

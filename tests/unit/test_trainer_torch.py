@@ -127,6 +127,23 @@ def test_a_part_gives_the_same_bits_whenever_and_wherever_it_is_done(optimizer: 
     assert not same(once.tensors, trainer.fit(first, replace(STEP, seed=8)).tensors)
 
 
+def test_data_that_is_drawn_at_random_is_the_same_when_the_trainer_is_made_anew() -> None:
+    class Drawn(Blobs):
+        def train_data(self) -> Dataset[Any]:
+            return points(20, seed=int(torch.randint(1000, ())) + random.randrange(1000))
+
+        def test_data(self) -> Dataset[Any]:
+            return points(30, seed=np.random.randint(1000))
+
+    trainer, elsewhere = make(Drawn), make(Drawn)
+    first = trainer.build()
+    fit, evaluation = trainer.fit(first, STEP), trainer.evaluate(first, STEP)
+    torch.manual_seed(99)
+    assert elsewhere.evaluate(first, STEP) == evaluation
+    elsewhere.fit(first, replace(STEP, seed=8))  # another part is the first to need the data
+    assert same(elsewhere.fit(first, STEP).tensors, fit.tensors)
+
+
 def test_fit_leaves_the_global_model_as_it_was() -> None:
     trainer = make()
     first = trainer.build()

@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 
 from common.heartbeats import Heartbeat
+from common.progress import ProgressReport
 from common.settings import Settings
-from coordinator.jobfile import JobSpec
+from coordinator.jobfile import JobSpec, LateTable, ParticipationTable
 from coordinator.jobs import JobState, new_job
+from coordinator.members import Member
 from coordinator.owing import clock, next_asking
-from coordinator.rounds import Part, PartState, Round, RoundKind, RoundState
+from coordinator.parts import Part
+from coordinator.rounds import Round
 from coordinator.situation import Lease, Situation, Unsent
+from coordinator.states import PartState, RoundKind, RoundState
 from coordinator.why import Explanation, explain
 from store.parties import PartyInfo
 
@@ -280,3 +284,41 @@ def test_an_idle_site_is_asked_again_ever_more_rarely(seconds: float, expected: 
     published = ago(0)
     found = next_asking(published, published + timedelta(seconds=seconds), 5.0)
     assert (found - published).total_seconds() == expected
+
+
+KEEPING = replace(JOB, spec=JOB.spec.model_copy(update={"late": LateTable(policy="keep")}))
+
+
+def test_it_says_how_far_a_site_is_that_reports_progress() -> None:
+    report = ProgressReport(task_id=TASK, fraction=0.4, text="epoch 2 of 5", at=0)
+    beats = {"beta": beat(tasks=(TASK,), working_on=(TITLE,))}
+    told = explain(replace(OPEN, heartbeats=beats, progress={TASK: report}))
+    assert "works on this very part (heartbeat 1 s old): 40 % done, epoch 2 of 5." in about(told, "beta")
+
+
+def test_it_says_who_is_paused_who_has_left_and_who_is_still_at_an_earlier_round() -> None:
+    until = NOW + timedelta(seconds=30)
+    members = {
+        "beta": Member(site="beta", paused_until=until, reason="3 rounds in a row: no memory"),
+        "delta": Member(site="delta", has_left=True, reason="by the operator"),
+    }
+    late = Part(job_id=JOB.job_id, round_id=f"{JOB.job_id}.train.3", site="gamma", position=0, state=PartState.LATE)
+    told = explain(replace(OPEN, job=KEEPING, parts=(part("alpha"),), members=members, late=(late,)))
+    assert about(told, "beta") == f"beta is paused until {clock(until)}: 3 rounds in a row: no memory."
+    assert about(told, "delta") == "delta has left the job: by the operator."
+    assert about(told, "gamma") == "gamma is still at its part of round 3, which may count later."
+
+
+def test_it_says_when_a_round_is_full_and_counts_what_is_kept() -> None:
+    rules = ParticipationTable(target_sites=3)
+    job = replace(KEEPING, spec=KEEPING.spec.model_copy(update={"participation": rules}))
+    kept = Part(job_id=JOB.job_id, round_id=f"{JOB.job_id}.train.3", site="delta", position=0, state=PartState.KEPT)
+    told = explain(replace(OPEN, job=job, late=(kept,)))
+    assert "It is full with 3 updates and has 2: then it waits for no other." in told.details
+    assert any(detail.startswith("2 answered well and the quorum is 2") for detail in told.details)
+
+
+def test_it_says_that_progress_gives_more_time() -> None:
+    job = replace(JOB, spec=JOB.spec.model_copy(update={"round_extension_seconds": 90.0, "min_sites": 1}))
+    told = explain(replace(OPEN, job=job))
+    assert any("unless they report progress then: that gives them up to 90 s more" in each for each in told.details)
