@@ -10,8 +10,10 @@ from sqlalchemy import select
 
 from coordinator.aggregation import shares
 from coordinator.jobs import LIVE, JobState, find_jobs
-from coordinator.rounds import PartState, RoundKind, RoundState, find_parts, find_rounds
+from coordinator.parts import find_carried, find_parts
+from coordinator.rounds import find_rounds
 from coordinator.situation import gather
+from coordinator.states import PartState, RoundKind, RoundState
 from coordinator.verifying import Result, verify
 from coordinator.why import explain
 from store.database import reading
@@ -37,7 +39,15 @@ def _check_job(made: Federation, job_id: str) -> None:
     with reading(made.services.engine) as connection:
         models = find_models(connection, job_id=job_id, kind="global")
         planned = [each for each in find_rounds(connection, job_id) if each.kind is RoundKind.TRAIN]
-        parts = {each.round_id: find_parts(connection, each.round_id) for each in planned}
+        counted = {
+            each.round_id: [
+                part.model_id
+                for part in find_parts(connection, each.round_id)
+                if part.state is PartState.ACCEPTED and part.counted_in in (None, each.round_id)
+            ]
+            + [part.model_id for part in find_carried(connection, job_id, each.round_id)]
+            for each in planned
+        }
     twice = [number for number, count in Counter(model.round for model in models).items() if count > 1]
     assert twice == [], f"job {job_id}: rounds that were aggregated twice"
     by_id = {model.model_id: model for model in models}
@@ -47,8 +57,7 @@ def _check_job(made: Federation, job_id: str) -> None:
         assert round_.output_model_id in by_id, f"{round_.round_id} has no model"
         parents = by_id[round_.output_model_id].parents
         assert len(set(parents)) == len(parents), f"{round_.round_id}: an update is counted twice"
-        updates = [part.model_id for part in parts[round_.round_id] if part.state is PartState.ACCEPTED]
-        expected = [round_.input_model_id, *updates]
+        expected = [round_.input_model_id, *counted[round_.round_id]]
         assert sorted(map(str, parents)) == sorted(map(str, expected)), f"{round_.round_id}: not what was accepted"
 
 

@@ -32,6 +32,8 @@ SITES = ("alpha", "beta", "delta", "gamma")
 ROUNDS = 4
 ACCEPTED = {1: ("alpha", "beta", "gamma"), 2: ("alpha", "beta"), 3: ("alpha", "gamma"), 4: ("alpha", "beta")}
 BEAT_SECONDS = 10.0
+# What is done only when something seems to be lost: a busy machine's job may pass it, and the next one may not.
+HEALING = ("dispatch.publish_again", "lease.held_round.renew", "in sweeper.", "in waiting.")
 
 
 def plain_loop(accepted: Mapping[int, tuple[str, ...]]) -> dict[str, np.ndarray]:
@@ -123,7 +125,7 @@ def record_points(made: Federation) -> list[str]:
         job = submit(made.services, spec(made))
         made.wait(job.job_id, "completed", "failed", seconds=60)
         wait_until(is_played(made, job.job_id), what="the last notice")
-    return recorded.passed()
+    return [point for point in recorded.passed() if not any(name in point for name in HEALING)]
 
 
 def disturb_coordinator(made: Federation, targets: Iterable[Target]) -> Disturbed:

@@ -13,4 +13,4 @@ from tests.chaos.table import Table
 def test_nothing_is_stuck_lost_or_done_twice_whatever_happens(
     tmp_path: Path, full: bool, seed: int, table: Table, services: bool
 ) -> None:
-    run(tmp_path, minutes=2.0 if full else 0.5, seed=seed, services=services, table=table, say=print)
+    run(tmp_path, minutes=2.0 if full else 0.4, seed=seed, services=services, table=table, say=print)

@@ -10,7 +10,7 @@ from tests.chaos.steps import Target
 from tests.chaos.table import Table
 from tests.federation import federation
 
-SHORT = 12  # points that are tried in `make test`
+SHORT = 8  # points that are tried in `make test`
 
 
 @pytest.mark.timeout(1800)

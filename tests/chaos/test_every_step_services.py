@@ -13,7 +13,7 @@ from tests.federation import federation
 from tests.integration.test_services import s3_settings
 from tests.servers import seaweedfs
 
-SHORT = 6  # points that are tried in `make test`
+SHORT = 4  # points that are tried in `make test`
 
 
 @pytest.mark.timeout(1800)

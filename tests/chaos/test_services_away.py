@@ -10,7 +10,7 @@ from tests.chaos.stages import Stage, pass_time, stage
 from tests.chaos.table import Table, failed_at_once
 
 SITES = ("alpha", "beta")
-ROUNDS = 14
+ROUNDS = 11
 BEGIN = 4  # the round in which the fault begins
 MOST_BYTES = 2_000_000  # of a file on a full disk: less than a model has, more than a log
 

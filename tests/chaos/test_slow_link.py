@@ -22,7 +22,7 @@ def here(tmp_path: Path, full: bool, seed: int) -> Iterator[Stage]:
 def test_a_large_model_over_a_slow_link_that_is_cut_arrives(here: Stage, full: bool, table: Table) -> None:
     store = here.store_proxy
     assert store is not None
-    megabytes, cut_megabytes, rate = (758, 40, 60) if full else (60, 10, 40)
+    megabytes, cut_megabytes, rate = (758, 40, 60) if full else (60, 15, 60)
     store.degrade(bytes_per_second=rate * 1e6, cut_after_bytes=cut_megabytes * 10**6)
     job = here.submit(rounds=ROUNDS, config={"megabytes": megabytes, "tensors": 64})
     here.made.wait(job.job_id, "completed", "failed", seconds=1500)

@@ -9,7 +9,7 @@ from tests.chaos.stages import Stage, pass_time, stage
 from tests.chaos.table import Table
 
 SITES = ("alpha", "beta")
-ROUNDS = 14
+ROUNDS = 11
 BEGIN = 4  # the round in which the fault begins
 
 pytestmark = pytest.mark.timeout(300)
@@ -68,7 +68,7 @@ def test_a_store_that_is_away_then_broken_then_slow(
     pass_time(away_seconds)
     store.answer_503()
     pass_time(away_seconds)
-    store.degrade(bytes_per_second=4e6)
+    store.degrade(bytes_per_second=8e6)
     here.wait_round(job, BEGIN + 3, seconds=100)
     store.restore()
     here.check(job)
