@@ -115,6 +115,12 @@ class Program:
             return True
         return False
 
+    def wait_hit(self) -> None:
+        """Wait until it has died at the target."""
+        wait_until(self.is_hit, what="the target to be hit")
+        assert self.process is not None
+        self.process.wait()
+
     def spare(self) -> None:
         """Take the target away; it was not hit."""
         (self.folder / "target").unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """Services that can be killed and come back at the same port, with what they keep or with nothing."""
 
-import os
 import shutil
 import signal
 import sqlite3
@@ -106,10 +105,3 @@ def locked(database: Path) -> Iterator[None]:
         connection.execute("BEGIN IMMEDIATE")
         yield
         connection.execute("ROLLBACK")
-
-
-def process_ids() -> set[int]:
-    """Return the ids of this process's descendants."""
-    import psutil
-
-    return {child.pid for child in psutil.Process(os.getpid()).children(recursive=True)}

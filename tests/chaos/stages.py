@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coordinator.jobs import Job
 from coordinator.submitting import submit
+from store.database import reading
+from store.tables import outbox
 from tests.chaos import processes
 from tests.chaos.invariants import check_always, check_ended
 from tests.chaos.processes import Program
@@ -30,7 +32,6 @@ class Stage:
     broker_proxy: Proxy
     postgres: Postgres | None  # None: SQLite
     store_proxy: Proxy | None  # None: a folder
-    ended: list[str] = field(default_factory=list)
 
     @property
     def programs(self) -> list[Program]:
@@ -54,6 +55,12 @@ class Stage:
     def wait_round(self, job: Job, number: int, *, seconds: float = 60) -> None:
         """Wait until the job has come to the round."""
         wait_until(lambda: self.made.job(job.job_id).current_round >= number, seconds=seconds, what=f"round {number}")
+
+    def is_told(self, job: Job) -> bool:
+        """Return whether every site was told of the job's end."""
+        with reading(self.made.services.engine) as connection:
+            rows = connection.execute(outbox.select().where(outbox.c.job_id == job.job_id)).mappings()
+            return {row["site"] for row in rows if row["sent_at"]} == set(self.sites)
 
     def check(self, job: Job, *, seconds: float = 100) -> None:
         """Wait for the job's end; fail unless its model is the plain loop's and nothing was lost or done twice."""

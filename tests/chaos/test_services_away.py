@@ -1,18 +1,29 @@
 """The broker, the database, the disk or the right time is away for a while: everybody waits and goes on."""
 
+import random
 import re
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from tests.chaos.services import locked
 from tests.chaos.stages import Stage, pass_time, stage
 from tests.chaos.table import Table, failed_at_once
+from tests.federation import wait_until
 
 SITES = ("alpha", "beta")
 ROUNDS = 11
 BEGIN = 4  # the round in which the fault begins
 MOST_BYTES = 2_000_000  # of a file on a full disk: less than a model has, more than a log
+AHEAD = [
+    "after commit in lease.held_round",
+    "after commit in closing._settle",
+    "before publishing in dispatch.publish_round",
+    "before counting in the chord in dispatch.complete_part",
+    "before publishing in dispatch.complete_part",
+    "before publishing in dispatch.send_notices",
+]
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +108,23 @@ def test_a_clock_that_jumps(here: Stage, table: Table, hours: int) -> None:
     job = here.submit(rounds=ROUNDS)
     here.wait_round(job, BEGIN)
     here.coordinators["first"].set_clock(hours * 3600)
-    here.wait_round(job, BEGIN + 5)
+    here.wait_round(job, BEGIN + 4)
     here.coordinators["first"].set_clock(0)
     here.check(job)
-    table.record(
-        f"coordinator's clock jumps by {hours:+d} h, and back", "in mid-round, the deadline being farther away"
-    )
+    table.record(f"coordinator's clock jumps by {hours:+d} h, and back", "in mid-round, the deadline is farther away")
+
+
+@pytest.mark.timeout(300)
+def test_a_coordinator_killed_an_hour_ahead_of_the_next_one(here: Stage, full: bool, seed: int, table: Table) -> None:
+    """What it has recorded seems to be from the future to whoever goes on."""
+    program = here.coordinators["first"]
+    for point in AHEAD if full else random.Random(seed).sample(AHEAD, 2):
+        program.set_clock(3600)
+        job = here.submit(rounds=3)
+        program.aim(point)
+        program.wait_hit()
+        program.set_clock(0)
+        program.start()
+        here.check(job)
+        wait_until(partial(here.is_told, job), what="the notices to be sent")
+        table.record("coordinator killed, and its clock then set back by 1 h", point)

@@ -14,7 +14,9 @@ ROUNDS = 1
 
 @pytest.fixture
 def here(tmp_path: Path, full: bool, seed: int) -> Iterator[Stage]:
-    with stage(tmp_path, *SITES, services=True, seed=seed, shard_megabytes=16 if full else 4) as made:
+    with stage(
+        tmp_path, *SITES, services=True, seed=seed, shard_megabytes=16 if full else 4, initial_shards=64
+    ) as made:
         yield made
 
 
