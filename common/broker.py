@@ -8,7 +8,9 @@ from celery import Celery, bootsteps
 from celery.apps.worker import Worker
 from kombu import Queue
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from common.errors import BrokerUnavailable
 from common.queues import COORDINATOR_QUEUE, site_queue
@@ -19,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 5.0  # a client that asks a broker which is not there gets its error after this long
 _ANSWER_SECONDS = 15.0  # and so does one whose broker has stopped to answer, as behind a network that is cut
+_BRIEF_SECONDS = 2.0  # for whom anything the broker says is not worth a longer wait
 
 
 class QuietWorker(Worker):
@@ -103,6 +106,21 @@ def connect(settings: Settings) -> Redis:
         raise BrokerUnavailable(
             f"The broker at {hide_password(url)} does not answer ({error}); start it or correct FEDCHORD_BROKER_URL."
         ) from error
+    return client
+
+
+def connect_briefly(settings: Settings) -> Redis:
+    """Return a client of the broker that fails rather than waits; it connects at its first use.
+
+    Raise BrokerUnavailable for a URL that is none.
+    """
+    url = settings.broker_url.get_secret_value()
+    try:
+        client: Redis = Redis.from_url(
+            url, socket_connect_timeout=_BRIEF_SECONDS, socket_timeout=_BRIEF_SECONDS, retry=Retry(NoBackoff(), 0)
+        )
+    except ValueError as error:
+        raise BrokerUnavailable(f"{hide_password(url)} is no URL of a broker; correct FEDCHORD_BROKER_URL.") from error
     return client
 
 

@@ -1,5 +1,6 @@
 """Read every setting once, at a process's edge: variables `FEDCHORD_…`, then one TOML file, then the defaults."""
 
+import math
 import os
 import tomllib
 from pathlib import Path
@@ -91,6 +92,27 @@ class Settings(BaseSettings):
         description='Functions of your own that choose whom a round asks: name = "module:function"; a job file names '
         "one as [participation] choose.",
     )
+    keep_updates_days: float = Field(
+        30.0,
+        ge=0,
+        description="How long the bytes of sites' updates are kept after their job has ended, in days. inf: for ever.",
+    )
+    keep_updates_gigabytes: float = Field(
+        math.inf,
+        ge=0,
+        description="How large all updates together may be, in 10^9 bytes; the oldest go first. inf: no bound.",
+    )
+    keep_models_days: float = Field(
+        math.inf,
+        ge=0,
+        description="How long the bytes of a job's global models, but for its last one, are kept after its end, in "
+        "days. inf: for ever.",
+    )
+    keep_models_gigabytes: float = Field(
+        math.inf,
+        ge=0,
+        description="How large they all may be together, in 10^9 bytes; the oldest go first. inf: no bound.",
+    )
     coordinator_threads: int = Field(4, ge=1, description="How many messages a coordinator worker handles at once.")
 
     # The model store's service
@@ -113,7 +135,9 @@ class Settings(BaseSettings):
         64, ge=1, le=4096, description="The largest model_meta that is kept, as JSON, in KiB."
     )
     keep_unused_hours: float = Field(
-        24.0, ge=0, description="After how many hours bytes that no model needs any more are removed."
+        24.0,
+        ge=0,
+        description="For how many hours bytes are left alone that no model needs, or whose model has expired.",
     )
     tenant_id: str = Field(
         "", max_length=100, description="The id of this node's own organisation, for upstream stores."
@@ -144,18 +168,25 @@ class Settings(BaseSettings):
         description='What may run at this site: trainer name = "module:Class". Anything else is declined.',
     )
     site_folder: Path = Field(
-        Path("site-state"), description="Scratch space and the receipts of finished parts; survives restarts."
+        Path("site-state"),
+        description="Scratch space, what is being fetched and sent, and the receipts of finished parts; "
+        "survives restarts.",
     )
     site_slots: int = Field(1, ge=1, description="How many parts the site works on at once, each in its own process.")
     heartbeat_seconds: float = Field(
         2.0,
         gt=0,
-        description="How often a site tells that it is alive; it counts as gone after three times that.",
+        description="How often a site tells that it is alive; it counts as gone after two and a half times that.",
     )
     transfer_timeout_seconds: float = Field(
         60.0, gt=0, description="How long a transfer may go without receiving or sending a byte, in seconds."
     )
-    transfer_attempts: int = Field(8, ge=1, description="How often a transfer is tried before the part fails.")
+    transfer_patience_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="How long a transfer is tried again without one byte of progress before the part fails, in "
+        "seconds; never past the part's deadline.",
+    )
     visibility_timeout_seconds: int = Field(
         8 * 24 * 3600,  # longer than any part takes; what a killed worker held is taken up earlier, at its next start
         ge=1,
@@ -165,6 +196,20 @@ class Settings(BaseSettings):
     # Logs
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="The least level logged.")
     log_format: Literal["text", "json"] = Field("text", description="Lines for people, or one JSON object a line.")
+    log_folder: Path | None = Field(
+        None, description="Where an embedded stack's logs lie; `fedchord up` sets it. Old ones there are removed."
+    )
+    keep_logs_days: float = Field(
+        30.0,
+        ge=0,
+        description="How long logs in log_folder are kept after their last line, in days. inf: for ever.",
+    )
+    keep_logs_megabytes: float = Field(
+        30.0,
+        ge=1,
+        description="How large the logs of one process of an embedded stack may be, in 10^6 bytes, from the next "
+        "`fedchord up` on. inf: no bound.",
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -208,7 +253,7 @@ def _read_toml(config: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidSettings(f"The settings file {config} is not valid TOML: {error}.") from error
     for name, field in Settings.model_fields.items():
-        if field.annotation is Path and isinstance(path := values.get(name, field.default), str | Path):
+        if field.annotation in (Path, Path | None) and isinstance(path := values.get(name, field.default), str | Path):
             values[name] = config.resolve().parent / path
     return values
 

@@ -33,6 +33,7 @@ from coordinator.rounds import abort_rounds
 from coordinator.services import Services
 from coordinator.states import OWING
 from store.database import reading, writing
+from store.expiry import check_not_expired
 from store.index import Weights
 from store.model_stores import add_store
 from store.models import ModelInfo, ModelState, add_model, get_model
@@ -83,7 +84,8 @@ def submit(services: Services, spec: JobSpec, *, key: str | None = None, submitt
         if model is not None and spec.initial_model.file is not None:
             add_model(connection, model)
         elif model is not None:
-            get_model(connection, model.model_id)  # from here on it cannot be deleted while the job goes on from it
+            # from here on it neither is deleted nor expires while the job goes on from it
+            check_not_expired(get_model(connection, model.model_id))
     try:
         services.app.send_task(
             CoordinatorTask.ADVANCE.value,
@@ -189,6 +191,7 @@ def _initial_model(services: Services, spec: JobSpec) -> ModelInfo | None:
     if source.model is not None:
         with reading(services.engine) as connection:
             model = get_model(connection, source.model)
+        check_not_expired(model)
         _check_stored(services, model)
         return model
     if source.file is None:

@@ -18,10 +18,11 @@ from coordinator.closing import start_job
 from coordinator.dispatch import call_back, publish_round, send_notices
 from coordinator.jobs import JobState, find_jobs
 from coordinator.overdue import Held, find_overdue
-from coordinator.patience import Patience
 from coordinator.quarantine import keep_quarantine
 from coordinator.rounds import end_lease
 from coordinator.services import Services, services_of
+from coordinator.stack.old_logs import clean_logs
+from coordinator.steady_clock import SteadyClock
 from coordinator.waiting import Waiting, end_waiting, find_waiting
 from store.database import reading, writing
 from store.garbage import CLEAN_SECONDS, clean
@@ -33,7 +34,7 @@ class Memory:
     """What one sweeping process remembers from one sweep to the next."""
 
     def __init__(self) -> None:
-        self.patience = Patience()
+        self.clock = SteadyClock()
         self.asking = Asking()
         self.taken_up: set[str] = set()  # rounds that the log has told of
 
@@ -54,7 +55,7 @@ def sweep(services: Services, memory: Memory, *, grace_seconds: float) -> int:
     steps.append(partial(send_notices, services, grace_seconds=grace_seconds))
     memory.taken_up &= set(overdue.unclaimed)
     _run_all(steps)
-    memory.patience.turn()
+    memory.clock.turn()
     return len(submitted) + len(overdue.unpublished) + len(overdue.unclaimed)
 
 
@@ -78,7 +79,7 @@ def _look_after(services: Services, memory: Memory, waiting: Sequence[Waiting]) 
     try:
         heartbeats = read_heartbeats(services.broker, sorted(owing))
     finally:
-        steps += [partial(end_waiting, services, each, heartbeats, memory.patience) for each in waiting]
+        steps += [partial(end_waiting, services, each, heartbeats, memory.clock) for each in waiting]
         if heartbeats is not None:
             sent = [part for each in waiting if each.round.published_at is not None for part in each.owing]
             steps.append(partial(memory.asking.ask_again, services, sent, heartbeats))
@@ -88,7 +89,7 @@ def _look_after(services: Services, memory: Memory, waiting: Sequence[Waiting]) 
 def _end_lease(services: Services, memory: Memory, held: Held) -> None:
     """End a lease that has not been renewed for as long as it lasts, though the clock says that it has not run out."""
     limit = services.settings.lease_seconds + 2 * services.settings.sweep_seconds
-    if memory.patience.seconds(("lease", held.round_id, held.owner, held.until)) > limit:
+    if memory.clock.seconds(("lease", held.round_id, held.owner, held.until)) > limit:
         with writing(services.engine) as connection:
             end_lease(connection, held.round_id, held.owner, held.until)
 
@@ -137,6 +138,7 @@ class Sweeper(bootsteps.StartStopStep):
                     next_clean = time.monotonic() + CLEAN_SECONDS  # even if it fails: not every second
                     keep_quarantine(services)
                     clean(services.settings, services.engine, services.blobs)
+                    clean_logs(services.settings)
                 trouble = ""
             except FedChordError as error:
                 if error.message != trouble:  # once, not every second

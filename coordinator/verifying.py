@@ -24,6 +24,7 @@ from coordinator.services import Services
 from coordinator.strategies.optimizer import ServerOptimizer
 from store.blobs import Blob, BlobStore, hash_open
 from store.database import reading
+from store.expiry import expiry_text, has_bytes
 from store.folder import FolderStore
 from store.index import Weights, plan_shards
 from store.models import ModelInfo, find_model, get_model
@@ -41,6 +42,7 @@ class Result(StrEnum):
     INTACT = "intact"  # its blobs are what their digests say; there is nothing to recompute
     DIFFERENT = "different"  # a blob is not what its digest says, or the recomputed model is another one
     MISSING = "missing"  # something that is needed was deleted
+    EXPIRED = "expired"  # the bytes of something that is needed are kept no more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class _Hashing:
     """What the blobs of a model and its updates turned out to be; it grows while they are hashed."""
 
     missing: list[str] = field(default_factory=list)
+    expired: list[str] = field(default_factory=list)
     different: list[str] = field(default_factory=list)
     blobs: int = 0
     bytes: int = 0
@@ -115,11 +118,15 @@ def _verify(services: Services, store: BlobStore, model: ModelInfo) -> Verdict:
     }
     if hashing.different:
         said = "What is stored is not what its digests and records say."
-        troubles = (*hashing.different, *hashing.missing)
+        troubles = (*hashing.different, *hashing.missing, *hashing.expired)
         return Verdict(**common, result=Result.DIFFERENT, sentence=said, troubles=troubles)
     if hashing.missing:
         said = "It cannot be verified: something that is needed was deleted."
-        return Verdict(**common, result=Result.MISSING, sentence=said, troubles=tuple(hashing.missing))
+        troubles = (*hashing.missing, *hashing.expired)
+        return Verdict(**common, result=Result.MISSING, sentence=said, troubles=troubles)
+    if hashing.expired:
+        said = "It cannot be verified any more: bytes that are needed have expired and were removed."
+        return Verdict(**common, result=Result.EXPIRED, sentence=said, troubles=tuple(hashing.expired))
     if strategy is None or recipe is None:
         said = (
             f"Its {hashing.blobs} blobs are what their digests say; {_origin(model)}, so there is nothing to recompute."
@@ -136,6 +143,9 @@ def _verify(services: Services, store: BlobStore, model: ModelInfo) -> Verdict:
 
 def _hash_blobs(store: BlobStore, model: ModelInfo, whose: str, hashing: _Hashing) -> None:
     """Hash all blobs of a model; note those that are missing or something else."""
+    if model.expired_at is not None and not has_bytes(store, model):
+        hashing.expired.append(f"{whose[:1].upper()}{whose[1:]} {expiry_text(model)}")
+        return
     sizes = {shard.digest: shard.size for shard in model.shards}
     for digest in dict.fromkeys([model.index_hash or model.model_hash, *sizes]):
         try:

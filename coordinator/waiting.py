@@ -12,11 +12,11 @@ from common.progress import read_progress
 from coordinator.jobs import Job, get_job
 from coordinator.letting_go import cancel_parts, follow_up, let_go, let_surplus_go
 from coordinator.parts import Part, count_good, find_in, leave_parts
-from coordinator.patience import Patience
 from coordinator.planning import gives_up_at
 from coordinator.rounds import Round, extend_round, get_round, lock_round
 from coordinator.services import Services
 from coordinator.states import OWING, PartState, RoundKind, RoundState
+from coordinator.steady_clock import SteadyClock
 from store.database import writing
 
 logger = logging.getLogger(__name__)
@@ -54,23 +54,23 @@ def find_waiting(connection: Connection) -> list[Waiting]:
 
 
 def end_waiting(
-    services: Services, each: Waiting, heartbeats: Mapping[str, Heartbeat] | None, patience: Patience
+    services: Services, each: Waiting, heartbeats: Mapping[str, Heartbeat] | None, clock: SteadyClock
 ) -> None:
     """Let go whom the round need not, or must not, wait for any longer; can be repeated.
 
     Without heartbeats, while the broker is away, nobody is taken for gone.
     """
     if each.round.state is not RoundState.OPEN:
-        _end_late(services, each, patience)
+        _end_late(services, each, clock)
         return
     waiting = [part for part in each.owing if part.state is PartState.WAITING]
     if not waiting:
         return
     _let_surplus_go(services, each)
-    if patience.has_passed(each.round.round_id, each.round.deadline_at):
+    if clock.has_passed(each.round.round_id, each.round.deadline_at):
         _expire(services, each, waiting)
     elif heartbeats is not None:
-        _let_absent_go(services, each, waiting, heartbeats, patience)
+        _let_absent_go(services, each, waiting, heartbeats, clock)
 
 
 def _expire(services: Services, each: Waiting, waiting: Sequence[Part]) -> None:
@@ -104,7 +104,7 @@ def _let_absent_go(
     each: Waiting,
     waiting: Sequence[Part],
     heartbeats: Mapping[str, Heartbeat],
-    patience: Patience,
+    clock: SteadyClock,
 ) -> None:
     """Wait no longer for sites whose heartbeat has been missing for so long, as far as the quorum can do without them.
 
@@ -115,8 +115,8 @@ def _let_absent_go(
     for part in waiting:
         name = ("absent", part.site)
         if part.site in heartbeats:
-            patience.forget(name)
-        elif (seconds := patience.seconds(name)) >= limit:
+            clock.forget(name)
+        elif (seconds := clock.seconds(name)) >= limit:
             gone.append(part)
         elif seconds == 0:
             logger.warning(
@@ -154,10 +154,10 @@ def _let_surplus_go(services: Services, each: Waiting) -> None:
     follow_up(services, each.job, each.round, left)
 
 
-def _end_late(services: Services, each: Waiting, patience: Patience) -> None:
+def _end_late(services: Services, each: Waiting, clock: SteadyClock) -> None:
     """Drop late answers that have not come in time."""
     late = [part for part in each.owing if part.state is PartState.LATE]
-    if not late or not patience.has_passed(("late", each.round.round_id), gives_up_at(each.job, each.round)):
+    if not late or not clock.has_passed(("late", each.round.round_id), gives_up_at(each.job, each.round)):
         return
     with writing(services.engine) as connection:
         dropped = leave_parts(connection, late, PartState.DROPPED, "no answer in time for a later round either")

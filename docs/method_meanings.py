@@ -245,6 +245,9 @@ DOCUMENTS: dict[str, dict[str, tuple[str, str]]] = {
         "index_hash": ("text or null", "BLAKE3 of the list of its tensors; null for a file without tensors."),
         "origin": ("{node_id, model_id} or null", "Of which model at which node it is a copy."),
         "created_at": ("datetime", "When it came here."),
+        "kept": ("true or false", "Whether a person has said that its bytes stay (`fedchord models keep`)."),
+        "expired_at": ("datetime or null", "Since when its bytes may be removed; null: they stay."),
+        "expired_reason": ("text", "Why they may be removed, else empty."),
     },
     "ddc_info": {
         "id": ("text", "The model store's id, a UUID."),

@@ -76,8 +76,8 @@ class BlobStore(Protocol):
         end.
         """
 
-    def delete(self, digest: str) -> bool:
-        """Forget the blob; return whether it was there."""
+    def delete(self, digest: str, *, older_than_seconds: float = 0) -> bool:
+        """Forget the blob, unless it was put, or put again, more lately; return whether it is forgotten now."""
 
     def blobs(self, *, older_than_seconds: float = 0) -> Iterator[Blob]:
         """Go through everything that was put, or put again, so long ago; in no order."""

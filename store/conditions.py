@@ -45,6 +45,7 @@ FIELDS = {  # by the name that callers know
         "site",
         "num_examples",
         "created_at",
+        "expired_at",
     )
 }
 

@@ -37,6 +37,9 @@ def model_document(info: ModelInfo, *, tensors: Schema | None = None) -> dict[st
         "index_hash": info.index_hash,
         "origin": _origin(info),
         "created_at": info.created_at,
+        "kept": info.kept,
+        "expired_at": info.expired_at,
+        "expired_reason": info.expired_reason,
     }
     if tensors is not None:
         document["tensors"] = tensors_document(tensors)
@@ -62,6 +65,7 @@ def lineage_document(each: Lineage) -> dict[str, Any]:
         "metrics": model and dict(model.metrics),
         "origin": model and _origin(model),
         "created_at": model and model.created_at,
+        "expired_at": model and model.expired_at,
         "parents": [] if model is None else [parent.model_id for parent in each.parents],
     }
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from common.errors import InvalidInput, NotFound
 from store.blobs import BLOCK_BYTES, Blob, BlobStore, new_hasher
+from store.expiry import check_bytes
 from store.index import Weights
 from store.models import ModelInfo
 from store.opening import OpenStore
@@ -34,8 +35,9 @@ class Download:
 def prepare_download(store: OpenStore, model: ModelInfo, digest: str | None = None) -> Download:
     """Return the model's body, or with a digest the one of its blobs: a shard, or its index.
 
-    Raise NotFound for a digest that is none of the model's.
+    Raise NotFound for a digest that is none of the model's, and for a model that has expired and is gone.
     """
+    check_bytes(store.blobs, model)
     if digest is not None:
         return _download(store.blobs, _blob_of(store.blobs, model, digest), f"{digest}.bin")
     if not model.shards:

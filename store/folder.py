@@ -113,11 +113,15 @@ class FolderStore:
         with self.open(blob) as file, disk_errors(self.folder):
             yield from read_blocks(file, start)
 
-    def delete(self, digest: str) -> bool:
+    def delete(self, digest: str, *, older_than_seconds: float = 0) -> bool:
         """Forget the blob; references to read it that are out keep its bytes until they end."""
+        path = self._path(check_digest(digest))
         with disk_errors(self.folder):
             try:
-                self._path(check_digest(digest)).unlink()
+                if older_than_seconds <= 0:
+                    path.unlink()
+                elif not self._unlink_old(path, time.time() - older_than_seconds):
+                    return False
             except FileNotFoundError:
                 return False
         logger.info("Blob %s was deleted", digest, extra={"action": "blob_deleted"})
@@ -245,6 +249,22 @@ class FolderStore:
             return self._path(blob.digest).stat().st_size == blob.size
         except FileNotFoundError:
             return False
+
+    def _unlink_old(self, path: Path, before: float) -> bool:
+        """Remove the blob's file unless it was put again since then.
+
+        Whoever puts it again at this moment touches this very file, before it is set aside, or else makes a new one.
+        """
+        if path.stat().st_mtime > before:
+            return False
+        aside = self._scratch / secrets.token_hex(16)
+        path.rename(aside)
+        is_old = aside.stat().st_mtime <= before
+        if not is_old:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink(missing_ok=True)
+        return is_old
 
     def _adopt(self, path: Path, blob: Blob) -> None:
         """Rename the file to the blob, unless the blob is there and whole; either way it counts as put now."""

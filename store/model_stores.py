@@ -5,7 +5,7 @@ import uuid
 from dataclasses import dataclass, fields
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, bindparam, delete, exc, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, bindparam, delete, exc, insert, or_, select, text, update
 
 from common.errors import AccessDenied, Conflict, InvalidInput, NotFound
 from store.models import delete_models
@@ -104,6 +104,15 @@ def lock_store(connection: Connection, name: str, *, alone: bool = False) -> Mod
     """
     row = connection.execute(_SELECT_NAME.with_for_update(read=not alone), {"name": name}).mappings().first()
     return None if row is None else _store(row)
+
+
+def lock_out_puts(connection: Connection) -> None:
+    """Let nobody lock a model store, as who records a model or submits a job does, until the transaction ends.
+
+    SQLite has one writer at a time in any case.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("LOCK TABLE model_stores IN EXCLUSIVE MODE"))
 
 
 def visible_stores(connection: Connection, caller: Caller) -> tuple[ModelStore, ...]:

@@ -73,6 +73,9 @@ class ModelInfo:
     created_at: datetime = field(default_factory=utc_now)
     origin_node: str | None = None  # the node that this is a copy from, None for one made here
     origin_model_id: str | None = None  # its id there
+    kept: bool = False  # a person has said that its bytes, and those of all that it comes from, stay
+    expired_at: datetime | None = None  # since when its bytes may go; None: they stay
+    expired_reason: str = ""  # why they may go
     sequence: int = 0  # the order in which models were added; the database gives it
 
 
@@ -277,12 +280,17 @@ def set_metrics(connection: Connection, model_id: str, metrics: Mapping[str, Any
 
 
 def delete_model(connection: Connection, model_id: str) -> None:
-    """Forget the model, not its blobs; raise NotFound if there is none, Conflict while a job goes on from it."""
+    """Forget the model, not its blobs.
+
+    Raise NotFound if there is none, Conflict while a job goes on from it, or somebody has said that it is kept.
+    """
     users = connection.scalars(
         select(jobs.c.job_id).where(jobs.c.model_id == model_id, jobs.c.finished_at.is_(None))
     ).all()
     if users:
         raise Conflict(f"Model {model_id} is the current one of job {users[0]}; wait for the job or abort it first.")
+    if connection.scalar(select(model_info.c.kept).where(model_info.c.model_id == model_id)):
+        raise Conflict(f"Model {model_id} is kept; say `fedchord models keep {model_id} --off` before you delete it.")
     if connection.execute(delete(model_info).where(model_info.c.model_id == model_id)).rowcount == 0:
         raise _no_model(model_id)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from minio import Minio
-from minio.commonconfig import CopySource
+from minio.commonconfig import REPLACE, CopySource
 from minio.error import MinioException, S3Error
 from urllib3.exceptions import HTTPError
 
@@ -47,6 +47,7 @@ _UPLOAD_SECONDS = 24 * 3600  # how long our own uploads may take to begin, repet
 _LONGEST_REFERENCE_SECONDS = 7 * 24 * 3600  # S3's own limit
 _TIMEOUT_SECONDS = 60  # without a single byte moving
 _LARGEST_PUT_BYTES = 4 << 30  # S3 takes 5 GiB at most as one object; larger ones go up in parts
+_CLOCK_SECONDS = 60.0  # by which the bucket's clock may be behind
 _PART_BYTES = 8 << 20  # one part is in memory at a time
 _MOST_PARTS = 10_000  # S3's own limit
 _BLOBS = "blobs/"
@@ -101,6 +102,7 @@ class S3Store:
         """Upload the file and move it to the cache."""
         with disk_errors(path.parent):
             blob = hash_file(path) if blob is None else check_size(path, blob)
+            began = datetime.now(UTC)
             if blob.size > _LARGEST_PUT_BYTES:
                 self._put_parts(path, blob)
             else:
@@ -110,6 +112,7 @@ class S3Store:
                     )
                 # A presigned upload streams the file once; the client's own would read, hash and buffer it in parts.
                 self._transfer.upload(path, url)
+            self._renew(blob.digest, began)
             self._cache.add(path, blob)
         return blob
 
@@ -140,13 +143,18 @@ class S3Store:
         elif start == 0 or start < blob.size:  # S3 refuses a range that begins at the end
             yield from self._stream_object(blob, start)
 
-    def delete(self, digest: str) -> bool:
+    def delete(self, digest: str, *, older_than_seconds: float = 0) -> bool:
         """Forget the blob, in the bucket and in this cache."""
-        self._cache.remove(check_digest(digest))
+        before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
         try:
-            self.find(digest)
+            with self._errors(missing=digest):
+                found = self._client.stat_object(self._bucket, _key(check_digest(digest)))
         except NotFound:
+            self._cache.remove(digest)
             return False
+        if older_than_seconds > 0 and found.last_modified and found.last_modified > before:
+            return False
+        self._cache.remove(digest)
         with self._errors():
             self._client.remove_object(self._bucket, _key(digest))
         logger.info("Blob %s was deleted", digest, extra={"action": "blob_deleted"})
@@ -239,6 +247,22 @@ class S3Store:
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
                     removed += 1
         return removed
+
+    def _renew(self, digest: str, began: datetime) -> None:
+        """Make the object as new as its last put; SeaweedFS does so only if something about it is new."""
+        key = _key(digest)
+        try:
+            with self._errors(missing=digest):
+                found = self._client.stat_object(self._bucket, key).last_modified
+                if found is None or found >= began - timedelta(seconds=_CLOCK_SECONDS):
+                    return
+                put: dict[str, str | list[str] | tuple[str]] = {"put": began.isoformat()}
+                source = CopySource(self._bucket, key)
+                self._client.copy_object(self._bucket, key, source, metadata=put, metadata_directive=REPLACE)
+        except NotFound as error:
+            raise StoreUnavailable(
+                "The bytes were removed meanwhile, for no model needed them; put them again."
+            ) from error
 
     def _put_parts(self, path: Path, blob: Blob) -> None:
         """Upload the file in parts, one after the other."""

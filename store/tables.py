@@ -125,6 +125,9 @@ model_info = Table(
     Column("created_at", UtcDateTime, nullable=False, default=utc_now),
     Column("origin_node", String, nullable=True),  # the node that a copy came from
     Column("origin_model_id", String, nullable=True),  # its id there
+    Column("kept", Boolean, nullable=False, server_default=text("false")),  # with all that it comes from
+    Column("expired_at", UtcDateTime, nullable=True),  # since when its bytes may go, see store.retention
+    Column("expired_reason", Text, nullable=False, server_default=text("''")),  # why, else empty
     # The newest of a store, by what else is asked for: each is one step in an index, however many there are. What
     # follows `sequence` orders nothing: with it, a row that another condition excludes is passed over in the index.
     Index("ix_model_info_store_sequence", "store", "sequence", "model_state", "model_kind", "round"),

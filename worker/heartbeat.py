@@ -23,7 +23,7 @@ from common.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_LIFETIMES = 3  # a site counts as gone when so many heartbeats did not come
+_LIFETIMES = 2.5  # of the time between two; with the coordinator's sweep, an end is noticed before the third is due
 
 
 class Pulse:

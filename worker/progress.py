@@ -1,9 +1,10 @@
-"""Watch over a part while it trains: stop it as soon as nobody wants its result."""
+"""Watch over a part while it is done: stop it as soon as nobody wants its result, and tell how far it is."""
 
 import logging
 import time
 from collections.abc import Callable
 
+from store.patience import Watch
 from worker.trainer import Cancelled
 
 logger = logging.getLogger(__name__)
@@ -13,29 +14,56 @@ _LOG_SECONDS = 10.0  # how often at most progress is logged
 
 
 class Progress:
-    """What a trainer reports to; cheap enough to be called for every batch."""
+    """What a trainer and a transfer report to; cheap enough to be called for every batch and block."""
 
-    def __init__(self, *, is_cancelled: Callable[[], bool], deadline_at: float, label: str) -> None:
-        self._is_cancelled = is_cancelled
-        self._deadline_at = deadline_at  # unix time, seconds
-        self._label = label  # names the part in the log
-        self._check_at = self._log_at = 0.0  # of time.monotonic
+    def __init__(
+        self,
+        *,
+        why_stop: Callable[[], str],  # says why the part is not wanted any more; empty if it is
+        tell: Callable[[float, str], None],  # tells the coordinator
+        tell_seconds: float,  # how often at most
+        deadline_at: float,  # unix time, seconds
+        label: str,  # names the part in the log
+    ) -> None:
+        now = time.monotonic()
+        self._why_stop = why_stop
+        self._tell = tell
+        self._tell_seconds = tell_seconds
+        self._ends_at = now + (deadline_at - time.time())  # from here on a clock that is set changes nothing
+        self._label = label
+        self._check_at = 0.0  # of time.monotonic, as those below
+        self._tell_at = now + tell_seconds  # a short part has nothing to tell
+        self._log_at = now + _LOG_SECONDS  # and leaves no line
+
+    @property
+    def seconds_left(self) -> float:
+        """Return how long it is until the deadline, in seconds."""
+        return self._ends_at - time.monotonic()
 
     def check(self) -> None:
-        """Raise Cancelled when the job was stopped or the deadline has passed."""
-        if self._is_cancelled():
-            raise Cancelled("The job was stopped.")
-        if (late := time.time() - self._deadline_at) > 0:
-            raise Cancelled(f"The deadline passed {late:.1f} s ago.")
+        """Raise Cancelled when the deadline has passed or the part is not wanted any more."""
+        if (left := self.seconds_left) < 0:
+            raise Cancelled(f"The deadline passed {-left:.1f} s ago.")
+        if reason := self._why_stop():
+            raise Cancelled(reason)
         self._check_at = time.monotonic() + _CHECK_SECONDS
 
     def __call__(self, fraction: float, text: str) -> None:
         """Take note of the progress; raise Cancelled when the part is not wanted any more."""
         now = time.monotonic()
-        if now >= self._check_at:
+        if now >= self._check_at or now > self._ends_at:
             self.check()
-        if self._log_at == 0.0:
-            self._log_at = now + _LOG_SECONDS  # a short part leaves no line
-        elif now >= self._log_at:
+        if now >= self._tell_at:
+            self._tell_at = now + self._tell_seconds
+            self._tell(fraction, text)
+        if now >= self._log_at:
             self._log_at = now + _LOG_SECONDS
             logger.info("%s: %.0f %% done, %s.", self._label, 100 * fraction, text, extra={"action": "report_progress"})
+
+    def watch(self, fraction: float, what: str, *, before: int, total: int) -> Watch:
+        """Return what a transfer of one of several files reports to, with the bytes before it and those of all."""
+
+        def report(position: int) -> None:
+            self(fraction, f"{what}: {(before + position) / 1e6:.0f} of {total / 1e6:.0f} MB")
+
+        return report

@@ -37,15 +37,16 @@ def forget_old_receipts(folder: Path) -> None:
 class Receipts:
     """The answers given by this site: one small file each, written whole or not at all.
 
-    The files are not forced to the disk: after a power cut a part may be done again, with the same result.
+    A part is answered once, whatever its attempt. The files are not forced to the disk: after a power cut a part may be
+    done again, with the same result.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def find(self, task_id: str, attempt: int) -> bytes | None:
+    def find(self, task_id: str) -> bytes | None:
         """Return the answer that was given to the part, if there is one that can be read."""
-        path = self._path(task_id, attempt)
+        path = self._path(task_id)
         try:
             return path.read_bytes() or None  # a power cut may leave an empty file
         except FileNotFoundError:
@@ -54,9 +55,9 @@ class Receipts:
             logger.warning("Cannot read the receipt %s: %s.", path, error, extra={"action": "find_receipt"})
             return None
 
-    def keep(self, task_id: str, attempt: int, answer: bytes) -> None:
+    def keep(self, task_id: str, answer: bytes) -> None:
         """Write the answer; raise DiskFull or StoreUnavailable when that fails."""
-        path = self._path(task_id, attempt)
+        path = self._path(task_id)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         with disk_errors(self.folder):
             try:
@@ -66,15 +67,8 @@ class Receipts:
                 temporary.unlink(missing_ok=True)
                 raise
 
-    def count_repeat(self, task_id: str, attempt: int) -> int:
-        """Note that the part's message was handed out again; return how often it has been, this time included."""
-        path = self._path(task_id, attempt)
-        with disk_errors(self.folder), path.with_name(f"{path.name}.repeats").open("ab") as file:
-            file.write(b".")
-            return file.tell()
-
-    def _path(self, task_id: str, attempt: int) -> Path:
-        return self.folder / f"{check_id(task_id)}.{attempt}"
+    def _path(self, task_id: str) -> Path:
+        return self.folder / f"{check_id(task_id)}.answer"
 
 
 def check_id(identifier: str) -> str:

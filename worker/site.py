@@ -1,21 +1,19 @@
 """Answer the coordinator's messages: check, train, upload, tell. The round is never left guessing."""
 
 import logging
-import math
+import signal
 import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from common.errors import Declined, FedChordError, InvalidInput, InvalidMessage, InvalidTensors
+from common.errors import Declined, FedChordError, InvalidMessage, InvalidTensors
 from common.messages import (
+    ANSWERS,
     COORDINATOR,
-    MAX_METRIC_CHARACTERS,
-    MAX_METRICS,
     SITE_MESSAGES,
     ClientRemoved,
     Envelope,
@@ -36,18 +34,34 @@ from store.blobs import Blob
 from store.tensors import read_tensors
 from store.transfer import Transfer
 from store.weights import write_weights
+from worker.answers import REASON_CHARACTERS, clean_metrics, count_examples, decline, locate, sendable
 from worker.jobs import Jobs, Part, prepare_jobs
+from worker.leases import Lease, Leases, prepare_leases
+from worker.outgoing import Outgoing
+from worker.part_files import PartFiles
 from worker.progress import Progress
-from worker.receipts import Receipts, forget_old_receipts, prepare_receipts
+from worker.receipts import KEEP_SECONDS, Receipts, forget_old_receipts, prepare_receipts
+from worker.reports import Reports
 from worker.scratch import prepare_scratch, scratch_folder
 from worker.trainer import Fit, RoundContext, Tensors, check_tensors, derive_seed
 from worker.trainers import Trainers
 
 logger = logging.getLogger(__name__)
 
-_SCRATCH, _RECEIPTS, _JOBS = "scratch", "receipts", "jobs"  # folders in the site's folder
-_MAX_REPEATS = 2  # a part whose process ended before it could answer is tried again so often
-_REASON_CHARACTERS = 2000  # what PartDeclined takes
+# Folders in the site's folder, all on one disk.
+_SCRATCH, _RECEIPTS, _JOBS, _LEASES, _FETCHED, _OUTGOING = (
+    "scratch",
+    "receipts",
+    "jobs",
+    "leases",
+    "fetched",
+    "outgoing",
+)
+_KEEP_FETCHED_SECONDS = 24 * 3600.0  # for a process that was killed to go on from
+_TOLD_TO_END = -(256 - signal.SIGTERM)  # the code with which the pool's processes end when they are told to
+_MAX_BEGINS = 3  # a part whose process ended before it could answer is begun so often
+
+_Upload = TrainingStart | UpdateRoundStart | SwagRoundStart  # parts of which tensors may come
 
 
 def prepare_site(settings: Settings) -> None:
@@ -55,6 +69,18 @@ def prepare_site(settings: Settings) -> None:
     prepare_scratch(settings.site_folder / _SCRATCH)
     prepare_receipts(settings.site_folder / _RECEIPTS)
     prepare_jobs(settings.site_folder / _JOBS)
+    prepare_leases(settings.site_folder / _LEASES)
+    _fetched(settings).prepare()
+    _outgoing(settings).prepare()
+
+
+def _fetched(settings: Settings) -> PartFiles:
+    """Return what has come of the models of the parts at work."""
+    return PartFiles(settings.site_folder / _FETCHED, keep_seconds=_KEEP_FETCHED_SECONDS)
+
+
+def _outgoing(settings: Settings) -> Outgoing:
+    return Outgoing(settings.site_folder / _OUTGOING, keep_seconds=KEEP_SECONDS)
 
 
 class Site:
@@ -68,16 +94,20 @@ class Site:
         transfer: Transfer,
         trainers: Trainers,
         send: Callable[[bytes], None],  # publishes a sealed answer
-        is_cancelled: Callable[[str], bool],  # whether the coordinator wants nothing more for the job
+        reports: Reports,
     ) -> None:
         self._name = settings.site_name
         self._coordinator_key = settings.coordinator_public_key
         self._key = key
         self._transfer = transfer
         self._send = send
-        self._is_cancelled = is_cancelled
+        self._reports = reports
+        self._tell_seconds = settings.heartbeat_seconds
         self._scratch = settings.site_folder / _SCRATCH
         self._receipts = Receipts(settings.site_folder / _RECEIPTS)
+        self._leases = Leases(settings.site_folder / _LEASES)
+        self._fetched = _fetched(settings)
+        self._outgoing = _outgoing(settings)
         self._jobs = Jobs(
             site=settings.site_name,
             data=settings.site_data,
@@ -85,11 +115,8 @@ class Site:
             trainers=trainers,
         )
 
-    def handle(self, envelope: object, task_id: str, *, redelivered: bool = False) -> None:
-        """Take one message, as it came from the queue, and answer it if its kind asks for an answer.
-
-        `redelivered` tells that the broker hands the message out again, because a process that had it has ended.
-        """
+    def handle(self, envelope: object, task_id: str) -> None:
+        """Take one message, as it came from the queue, and answer it if its kind asks for an answer."""
         try:
             message = self._open(envelope)
         except InvalidMessage as error:
@@ -97,7 +124,7 @@ class Site:
             return
         match message:
             case TrainingStart() | UpdateRoundStart() | ModelTestRound() | SwagRoundStart():
-                self._take(message, redelivered)
+                self._take(message)
             case TrainingFinished():
                 self._end(message, message.model, message.state)
             case ClientRemoved():
@@ -107,7 +134,7 @@ class Site:
         """Tell the coordinator that a task could not be read, by the only name there is for it."""
         logger.warning("Declined an unreadable task: %s", reason, extra={"action": "decline_part", "task": task_id})
         try:
-            answer = PartDeclined(task_id=task_id, reason=reason[:_REASON_CHARACTERS])
+            answer = PartDeclined(task_id=task_id, reason=reason[:REASON_CHARACTERS])
         except ValidationError:  # a name that no coordinator gives: there is nobody to tell
             return
         self._send(self._seal(answer))
@@ -120,49 +147,86 @@ class Site:
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
-    def _take(self, part: Part, redelivered: bool) -> None:
+    def _take(self, part: Part) -> None:
         """Do the part and answer it, or give the answer that was given before."""
         extra = {"job": part.job_id, "round": part.round, "task": part.task_id, "attempt": part.attempt}
-        if (given := self._receipts.find(part.task_id, part.attempt)) is not None:
-            logger.info("The part came again: sent the same answer.", extra={"action": "repeat_answer", **extra})
-            self._send(given)
+        try:
+            lease = self._leases.take(part.task_id)
+        except FedChordError as error:
+            logger.warning("The part failed: %s", error.message, extra={"action": "fail_part", **extra})
+            self._send(self._seal(decline(part, sendable(error.message), failed=True)))
             return
+        if lease is None:  # if that process ends without an answer, the coordinator asks again
+            logger.info(
+                "Another process has the part in hand; dropped a copy.", extra={"action": "part_in_hand", **extra}
+            )
+            return
+        with lease:
+            if (sealed := self._receipts.find(part.task_id)) is not None:
+                logger.info("The part came again: sent the same answer.", extra={"action": "repeat_answer", **extra})
+            else:
+                sealed = self._answer(part, lease, extra)
+            self._fetched.forget(part)
+            self._send(sealed)
+            self._reports.forget(part.task_id)
+
+    def _answer(self, part: Part, lease: Lease, extra: Mapping[str, object]) -> bytes:
+        """Return the sealed answer to the part, of which there is a receipt from here on."""
         answer: UpdateReady | PartDeclined
         try:
-            answer = self._do(part, redelivered)
+            answer = self._do(part, lease)
             logger.info("Did the part in %.3f s.", answer.seconds, extra={"action": "answer_part", **extra})
         except Declined as error:
-            reason = _sendable(error.message)
+            reason = sendable(error.message)
             logger.info("Declined: %s", reason, extra={"action": "decline_part", **extra})
-            answer = _decline(part, reason, failed=False)
+            answer = decline(part, reason, failed=False)
         except FedChordError as error:
-            reason = _sendable(error.message)
+            reason = sendable(error.message)
             logger.warning("The part failed: %s", reason, extra={"action": "fail_part", **extra})
-            answer = _decline(part, reason, failed=True)
+            answer = decline(part, reason, failed=True)
         except (Exception, SystemExit) as error:  # a trainer is other people's code, and the round must hear of it
+            if isinstance(error, SystemExit) and error.code == _TOLD_TO_END:  # the next process goes on
+                raise
             logger.exception("The part failed.", extra={"action": "fail_part", **extra})
-            answer = _decline(part, _locate(error), failed=True)
+            answer = decline(part, locate(error), failed=True)
         sealed = self._seal(answer)
         try:
-            self._receipts.keep(part.task_id, part.attempt, sealed)
-        except FedChordError as error:  # without a receipt the worst is that the part is done twice
+            self._receipts.keep(part.task_id, sealed)
+        except FedChordError as error:  # the update stays instead, and a copy of the message finds it
             logger.warning("Kept no receipt: %s", error.message, extra={"action": "keep_receipt", **extra})
-        self._send(sealed)
+            if isinstance(answer, UpdateReady):
+                return sealed
+        self._outgoing.forget(part)
+        return sealed
 
-    def _do(self, part: Part, redelivered: bool) -> UpdateReady:
-        """Train, build or test; raise Declined or any other error that says why it could not be."""
+    def _do(self, part: Part, lease: Lease) -> UpdateReady:
+        """Train, build or test, and send what came of it; raise Declined or another error that says why not."""
         begun = time.monotonic()
         progress = Progress(
-            is_cancelled=lambda: self._is_cancelled(part.job_id),
+            why_stop=lambda: self._reports.why_stop(part.job_id, part.task_id),
+            tell=lambda fraction, text: self._reports.tell(part.task_id, fraction, text),
+            tell_seconds=self._tell_seconds,
             deadline_at=part.deadline_at,
             label=f"Round {part.round} of {part.job_name or part.job_id}",
         )
         progress.check()
-        if redelivered and self._receipts.count_repeat(part.task_id, part.attempt) > _MAX_REPEATS:
-            raise FedChordError(
-                f"The site's process ended {_MAX_REPEATS + 1} times before the part was done, perhaps for want of "
-                "memory; the site's own log may tell why."
-            )
+        answer = self._find_outgoing(part)
+        seconds_before = answer.seconds if answer else 0.0  # in the process that trained
+        if answer is None:
+            if lease.count_begin() > _MAX_BEGINS:
+                raise FedChordError(
+                    f"The site's process ended {_MAX_BEGINS} times before the part was done, perhaps for want of "
+                    "memory; the site's own log may tell why."
+                )
+            answer = self._work(part, progress)
+        if answer.shards and not isinstance(part, ModelTestRound):
+            self._upload(part, answer.shards, progress)
+        seconds = round(seconds_before + time.monotonic() - begun, 6)
+        return answer.model_copy(update={"attempt": part.attempt, "seconds": seconds})
+
+    def _work(self, part: Part, progress: Progress) -> UpdateReady:
+        """Do what is asked; if tensors come of it, they are kept to be sent, together with the answer."""
+        begun = time.monotonic()
         trainer = self._jobs.trainer(part)
 
         def step() -> RoundContext:  # made when the model is here, since that takes of the time that is left
@@ -170,59 +234,85 @@ class Site:
                 round=part.round,
                 seed=derive_seed(part.seed, part.round, self._name),
                 report=progress,
-                seconds_left=part.deadline_at - time.time(),
+                seconds_left=progress.seconds_left,
             )
 
-        with scratch_folder(self._scratch) as folder:
-            match part:
-                case TrainingStart():
-                    tensors, num_examples = trainer.begin_job(step(), build=part.build_model)
-                    metrics: dict[str, float] = {}
-                case ModelTestRound():
-                    evaluation = trainer.evaluate(self._fetch(part.model, folder), step())
-                    tensors, num_examples, metrics = None, evaluation.num_examples, dict(evaluation.metrics)
-                case UpdateRoundStart() | SwagRoundStart():
-                    work = trainer.fit if isinstance(part, UpdateRoundStart) else trainer.moments
-                    fit: Fit = work(self._fetch(part.model, folder), step())
-                    tensors, num_examples, metrics = fit.tensors, fit.num_examples, dict(fit.metrics)
-            progress.check()
-            shards = () if isinstance(part, ModelTestRound) or tensors is None else self._upload(part, tensors, folder)
-        return UpdateReady(
+        match part:
+            case TrainingStart():
+                tensors, num_examples = trainer.begin_job(step(), build=part.build_model)
+                metrics: dict[str, float] = {}
+            case ModelTestRound():
+                evaluation = trainer.evaluate(self._fetch(part, part.model, progress), step())
+                tensors, num_examples, metrics = None, evaluation.num_examples, dict(evaluation.metrics)
+            case UpdateRoundStart() | SwagRoundStart():
+                work = trainer.fit if isinstance(part, UpdateRoundStart) else trainer.moments
+                fit: Fit = work(self._fetch(part, part.model, progress), step())
+                tensors, num_examples, metrics = fit.tensors, fit.num_examples, dict(fit.metrics)
+        progress.check()
+        answer = UpdateReady(
             job_id=part.job_id,
             job_name=part.job_name,
             round=part.round,
             task_id=part.task_id,
             attempt=part.attempt,
-            num_examples=_count(num_examples),
-            metrics=_clean(metrics),
-            shards=shards,
-            seconds=round(time.monotonic() - begun, 6),
+            num_examples=count_examples(num_examples),
+            metrics=clean_metrics(metrics),
         )
+        if tensors is None or isinstance(part, ModelTestRound):
+            return answer
+        return self._keep_outgoing(part, answer, tensors, begun)
 
-    def _fetch(self, model: ModelReference, folder: Path) -> dict[str, npt.NDArray[Any]]:
-        """Return the model's tensors, each shard verified; they are private to this part."""
-        tensors: dict[str, npt.NDArray[Any]] = {}
+    def _fetch(self, part: Part, model: ModelReference, progress: Progress) -> dict[str, npt.NDArray[Any]]:
+        """Return the model's tensors for a part; what has come stays until the part is answered."""
+        total, before = sum(shard.size for shard in model.shards), 0
+        paths = []
         for shard in model.shards:
-            path = self._transfer.fetch(shard.url, Blob(digest=shard.digest, size=shard.size), folder)
-            for name, tensor in read_tensors(path).items():
-                if name in tensors:
-                    raise InvalidTensors(f"Tensor {name!r} is in two shards of model {model.model_id}; store it again.")
-                tensors[name] = tensor
-        return tensors
+            watch = progress.watch(0.0, "fetching the model", before=before, total=total)
+            blob = Blob(digest=shard.digest, size=shard.size)
+            name = self._fetched.name(part, shard.digest)
+            paths.append(self._transfer.fetch(shard.url, blob, self._fetched.folder, name=name, watch=watch))
+            before += shard.size
+        return _read_model(model, paths)
 
-    def _upload(
-        self, part: TrainingStart | UpdateRoundStart | SwagRoundStart, tensors: Tensors, folder: Path
-    ) -> tuple[Shard, ...]:
-        """Write the tensors as shards and send each to its own reference."""
-        written = write_weights(folder, check_tensors(tensors), part.shard_bytes)
-        if len(written) > len(part.upload_urls):
-            raise Declined(
-                f"The update has {len(written)} shards but may have {len(part.upload_urls)}; send a model as large as "
-                "the one received, or raise initial_shards at the coordinator for a first model."
-            )
-        for (path, _), url in zip(written, part.upload_urls, strict=False):
-            self._transfer.upload(path, url)
-        return tuple(Shard(digest=blob.digest, size=blob.size) for _, blob in written)
+    def _keep_outgoing(self, part: _Upload, answer: UpdateReady, tensors: Tensors, begun: float) -> UpdateReady:
+        """Write the tensors as shards and keep them; return the answer that tells of them."""
+        with scratch_folder(self._scratch) as folder:
+            written = write_weights(folder, check_tensors(tensors), part.shard_bytes)
+            _check_references(part, len(written))
+            shards = tuple(Shard(digest=blob.digest, size=blob.size) for _, blob in written)
+            seconds = round(time.monotonic() - begun, 6)
+            answer = answer.model_copy(update={"shards": shards, "seconds": seconds})
+            self._outgoing.keep(part, [path for path, _ in written], self._seal(answer))
+        return answer
+
+    def _find_outgoing(self, part: Part) -> UpdateReady | None:
+        """Return the answer to the part whose update was trained before and is still to be sent."""
+        if (sealed := self._outgoing.find(part)) is None:
+            return None
+        extra = {"job": part.job_id, "task": part.task_id}
+        try:
+            envelope = Envelope.read(sealed)
+            answer = envelope.open(ANSWERS, recipient=COORDINATOR, public_key=self._key.public_key)
+        except InvalidMessage as error:
+            logger.warning("An update cannot be sent on: %s", error.message, extra={"action": "find_outgoing", **extra})
+            return None
+        if not isinstance(answer, UpdateReady) or not self._outgoing.is_whole(part, answer.shards):
+            logger.warning("An update that was to be sent is damaged.", extra={"action": "find_outgoing", **extra})
+            return None
+        logger.info("The update is trained already; sending goes on.", extra={"action": "resume_upload", **extra})
+        return answer
+
+    def _upload(self, part: _Upload, shards: tuple[Shard, ...], progress: Progress) -> None:
+        """Send each shard that this attempt has not sent yet to its own reference."""
+        _check_references(part, len(shards))
+        total, before = sum(shard.size for shard in shards), 0
+        for position, (shard, url) in enumerate(zip(shards, part.upload_urls, strict=False)):
+            if not self._outgoing.is_sent(part, position):
+                watch = progress.watch(1.0, "sending the update", before=before, total=total)
+                self._transfer.upload(self._outgoing.shard(part, position), url, watch=watch)
+                if position < len(shards) - 1:  # after the last one comes the receipt
+                    self._outgoing.note_sent(part, position)
+            before += shard.size
 
     # --- the end of a job ----------------------------------------------------------------------------------------
 
@@ -232,66 +322,35 @@ class Site:
         try:
             if (trainer := self._jobs.recall(message.job_id)) is not None:
                 with scratch_folder(self._scratch) as folder:
-                    trainer.finish(self._fetch(model, folder) if model else None, state)
+                    trainer.finish(self._fetch_final(model, folder) if model else None, state)
         except (Exception, SystemExit):  # a trainer is other people's code; the job is over all the same
             logger.exception("The trainer did not finish.", extra={"action": "finish_job", **extra})
         self._jobs.forget(message.job_id)
+        for files in (self._fetched, self._outgoing):
+            files.forget_job(message.job_id)
+            files.forget_old()
         forget_old_receipts(self._receipts.folder)
         logger.info("The job has ended for this site.", extra={"action": "finish_job", **extra})
 
-
-def _decline(part: Part, reason: str, *, failed: bool) -> PartDeclined:
-    return PartDeclined(
-        job_id=part.job_id,
-        job_name=part.job_name,
-        task_id=part.task_id,
-        attempt=part.attempt,
-        failed=failed,
-        reason=reason[:_REASON_CHARACTERS],
-    )
+    def _fetch_final(self, model: ModelReference, folder: Path) -> dict[str, npt.NDArray[Any]]:
+        blobs = ((shard.url, Blob(digest=shard.digest, size=shard.size)) for shard in model.shards)
+        return _read_model(model, [self._transfer.fetch(url, blob, folder) for url, blob in blobs])
 
 
-def _sendable(text: str) -> str:
-    """Return the text without halves of characters, which a trainer's words may have and nothing can send."""
-    return text.encode("utf-8", "replace").decode()
+def _read_model(model: ModelReference, paths: Sequence[Path]) -> dict[str, npt.NDArray[Any]]:
+    """Return the tensors in verified shards; they are private to whoever asks."""
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    for path in paths:
+        for name, tensor in read_tensors(path).items():
+            if name in tensors:
+                raise InvalidTensors(f"Tensor {name!r} is in two shards of model {model.model_id}; store it again.")
+            tensors[name] = tensor
+    return tensors
 
 
-def _locate(error: BaseException) -> str:
-    """Say what went wrong and where, but not with which values: an exception's own words may quote the site's data."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "-packages" not in frame.filename] or frames
-    return (
-        f"{type(error).__name__}: in {own[-1].name}, {Path(own[-1].filename).name} line {own[-1].lineno}; "
-        "the site's own log has the details."
-    )
-
-
-def _count(num_examples: object) -> int:
-    try:
-        count = int(num_examples)  # type: ignore[call-overload]  # whatever the trainer gave: numpy integers are welcome
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidInput("The trainer's num_examples is not a number; correct the trainer.") from error
-    if not 0 <= count < 2**63:  # what a message holds
-        raise InvalidInput(f"The trainer's num_examples is {count}; correct the trainer.")
-    return int(count)
-
-
-def _clean(metrics: Mapping[str, object]) -> dict[str, float | None]:
-    """Return the metrics as plain numbers; None stands for one that is not finite."""
-    cleaned: dict[str, float | None] = {}
-    if len(metrics) > MAX_METRICS:
-        raise InvalidInput(f"The trainer gives {len(metrics)} metrics; correct it to give {MAX_METRICS} at most.")
-    for name, value in metrics.items():
-        if len(str(name)) > MAX_METRIC_CHARACTERS:
-            raise InvalidInput(
-                f"The trainer's metric {str(name)[:80]!r}… has a name of {len(str(name))} characters; correct the "
-                f"trainer to use {MAX_METRIC_CHARACTERS} at most."
-            )
-        try:
-            number = float(value)  # type: ignore[arg-type]  # whatever the trainer gave: numpy and torch scalars are welcome
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InvalidInput(
-                f"The trainer's metric {str(name)[:80]!r} is not a number; correct the trainer."
-            ) from error
-        cleaned[str(name)] = number if math.isfinite(number) else None
-    return cleaned
+def _check_references(part: _Upload, num_shards: int) -> None:
+    if num_shards > len(part.upload_urls):
+        raise Declined(
+            f"The update has {num_shards} shards but may have {len(part.upload_urls)}; send a model as large as "
+            "the one received, or raise initial_shards at the coordinator for a first model."
+        )

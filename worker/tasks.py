@@ -12,16 +12,14 @@ from celery import Task
 from celery.exceptions import Reject
 from celery.signals import task_unknown, worker_process_init
 from kombu.exceptions import OperationalError
-from redis import Redis
-from redis.exceptions import RedisError
 
-from common.broker import connect
 from common.errors import BrokerUnavailable
 from common.messages import Envelope
-from common.queues import ANSWER_TASKS, COORDINATOR_QUEUE, SITE_TASKS, AnswerKind, cancel_key
+from common.queues import ANSWER_TASKS, COORDINATOR_QUEUE, SITE_TASKS, AnswerKind
 from common.signing import SigningKey
 from store.transfer import Transfer
 from worker.celery import app, settings
+from worker.reports import Reports
 from worker.site import Site
 from worker.trainers import Trainers
 
@@ -35,9 +33,7 @@ def _register(task_name: str) -> None:
     @app.task(name=task_name, bind=True)
     def take(task: Task[Any, Any], /, *args: object, **_: object) -> None:
         try:
-            request = task.request
-            redelivered = bool((request.delivery_info or {}).get("redelivered"))
-            _site().handle(args[0] if args else None, str(request.id), redelivered=redelivered)
+            _site().handle(args[0] if args else None, str(task.request.id))
         except (OperationalError, BrokerUnavailable) as error:
             # The answer is kept as a receipt; the message comes again, and with it the chance to send the answer.
             raise Reject(str(error), requeue=True) from error
@@ -72,22 +68,17 @@ def _site() -> Site:
         transfer=Transfer(
             shared_folder=settings.blob_folder,
             timeout_seconds=settings.transfer_timeout_seconds,
-            attempts=settings.transfer_attempts,
+            patience_seconds=settings.transfer_patience_seconds,
         ),
         trainers=_trainers(),
         send=_send,
-        is_cancelled=_is_cancelled,
+        reports=Reports(settings),
     )
 
 
 @cache
 def _trainers() -> Trainers:
     return Trainers(settings.site_trainers)
-
-
-@cache
-def _broker() -> Redis:
-    return connect(settings)
 
 
 def _send(answer: bytes) -> None:
@@ -102,12 +93,3 @@ def _send(answer: bytes) -> None:
         retry=True,
         retry_policy=_PUBLISHING,
     )
-
-
-def _is_cancelled(job_id: str) -> bool:
-    """Return whether the coordinator has told the site to stop; an absent broker tells nothing."""
-    try:
-        return bool(_broker().exists(cancel_key(settings.site_name, job_id)))
-    except (RedisError, BrokerUnavailable) as error:
-        logger.debug("Cannot ask for cancelled jobs: %s.", error, extra={"action": "read_cancelled"})
-        return False

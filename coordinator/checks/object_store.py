@@ -45,7 +45,7 @@ def _use(blobs: BlobStore, shared_folder: Path | None) -> dict[str, float]:
     data = secrets.token_bytes(1024)
     blob = hash_bytes(data)
     slot = f"doctor-{secrets.token_hex(8)}/1/0"
-    transfer = Transfer(shared_folder=shared_folder, timeout_seconds=_TRANSFER_SECONDS, attempts=2)
+    transfer = Transfer(shared_folder=shared_folder, timeout_seconds=_TRANSFER_SECONDS, patience_seconds=1)
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="fedchord-doctor-") as temporary:
         path = Path(temporary) / "blob"

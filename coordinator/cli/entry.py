@@ -35,9 +35,9 @@ _COMMANDS = {  # name -> (where it is defined, what it does)
     "quarantine": ("coordinator.cli.quarantine:quarantine", "List, show, release and refuse quarantined updates."),
     "sites": ("coordinator.cli.sites:sites", "List, enroll, enable, disable and remove sites."),
     "keys": ("coordinator.cli.keys:keys", "Make a signing key, or show its public half."),
-    "models": ("coordinator.cli.models:models", "List, show, put, get and delete models."),
+    "models": ("coordinator.cli.models:models", "List, show, put, get, keep and delete models."),
     "verify": ("coordinator.cli.verify:verify", "Recompute a global model from its updates, and compare."),
-    "gc": ("coordinator.cli.gc:gc", "Remove the bytes that no model needs any more."),
+    "gc": ("coordinator.cli.gc:gc", "Remove the bytes that are not needed or not kept any more."),
     "store": ("coordinator.cli.store:store", "Serve models, and manage model stores, tenants and upstreams."),
 }
 

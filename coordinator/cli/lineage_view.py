@@ -80,6 +80,8 @@ def _label(row: Row, drawn: set[str]) -> Text:
         facts.append(f"{count} example{'' if count == 1 else 's'}")
     if row["metrics"]:
         facts.append(metrics_text(row["metrics"]))
+    if row.get("expired_at"):
+        facts.append("expired")
     elsewhere = [parent[:8] for parent in row["parents"] if parent not in drawn]
     if elsewhere:
         facts.append(f"from {' '.join(elsewhere)}")

@@ -7,6 +7,7 @@ import click
 
 from common.errors import InvalidInput
 from coordinator.cli.groups import ListingGroup
+from coordinator.cli.keep import keep
 from coordinator.cli.lineage_view import draw_lineage
 from coordinator.cli.model_search import STATES, find_model, find_models, newest_of_job
 from coordinator.cli.output import console, json_option, metrics_text, print_json, size_text, table
@@ -28,7 +29,7 @@ Example:
   fedchord models show 0c2b""",
 )
 def models() -> None:
-    """List, show, put, get and delete models.
+    """List, show, put, get, keep and delete models.
 
     Without a command: list them. A model's id may be shortened to what is unique.
     """
@@ -90,7 +91,7 @@ def show(config: Path | None, model_id: str, ddc: str | None, url: str | None, a
         return
     tensors = model.pop("tensors", None) or {}
     for name, value in model.items():
-        if value not in (None, "", [], {}) and name != "shards":
+        if value not in (None, "", [], {}) and value is not False and name != "shards":
             click.echo(f"{name:<18} {_field(name, value)}")
     if tensors:
         rows = [(name, each["dtype"], ", ".join(map(str, each["shape"]))) for name, each in tensors.items()]
@@ -275,6 +276,12 @@ def _field(name: str, value: Any) -> object:
     return metrics_text(value) if isinstance(value, dict) else value
 
 
+def _state_text(model: dict[str, Any]) -> str:
+    """Return the model's state, and whether it is kept or has expired; an older service says neither."""
+    marks = [mark for mark, name in (("kept", "kept"), ("expired", "expired_at")) if model.get(name)]
+    return ", ".join([ModelState(model["model_state"]).name.lower(), *marks])
+
+
 def _row(model: dict[str, Any]) -> tuple[object, ...]:
     return (
         model["model_id"][:8],
@@ -282,9 +289,12 @@ def _row(model: dict[str, Any]) -> tuple[object, ...]:
         model["model_kind"],
         model["round"],
         model["site"],
-        ModelState(model["model_state"]).name.lower(),
+        _state_text(model),
         size_text(model["model_size"]),
         model["num_examples"],
         metrics_text(model["metrics"]),
         model["created_at"],
     )
+
+
+models.add_command(keep)

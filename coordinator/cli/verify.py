@@ -14,12 +14,14 @@ _EXIT_CODES = {
     Result.INTACT: 0,
     Result.DIFFERENT: FedChordError.exit_code,
     Result.MISSING: NotFound.exit_code,
+    Result.EXPIRED: NotFound.exit_code,
 }
 _MARKS = {
     Result.SAME: ("✔", "green"),
     Result.INTACT: ("✔", "green"),
     Result.DIFFERENT: ("✘", "red"),
     Result.MISSING: ("?", "yellow"),
+    Result.EXPIRED: ("?", "yellow"),
 }
 
 
@@ -33,7 +35,7 @@ Example:
 Exit codes:
   0  the same to the bit, or intact where there is nothing to recompute
   1  not the same
-  3  something that is needed was deleted"""
+  3  something that is needed was deleted, or has expired"""
 )
 @click.argument("model_id")
 @click.option("--all", "whole_chain", is_flag=True, help="Also verify every global model that this one goes on from.")
@@ -52,7 +54,7 @@ def verify(config: Path | None, model_id: str, whole_chain: bool, as_json: bool)
             if not as_json:
                 _print(verdict)
     results = {verdict.result for verdict in verdicts}
-    worst = next(result for result in (Result.DIFFERENT, Result.MISSING, *Result) if result in results)
+    worst = next(result for result in (Result.DIFFERENT, Result.MISSING, Result.EXPIRED, *Result) if result in results)
     if as_json:
         print_json({"result": worst, "models": verdicts})
     if code := _EXIT_CODES[worst]:

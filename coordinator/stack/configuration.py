@@ -32,6 +32,7 @@ def configure(folder: StackFolder, stack: Stack) -> Settings:
         "http_port": stack.http_port or 0,
         "store_key_file": "store.key",
         "signing_key_file": folder.key_file.name,
+        "log_folder": folder.logs.name,
     }
     write_settings(
         folder.settings_file,
@@ -45,7 +46,7 @@ def configure(folder: StackFolder, stack: Stack) -> Settings:
                 f"{ENV_PREFIX}{ours.upper()} is set, but a stack has its own; unset it and try again."
             )
     write_valkey_file(folder, stack)
-    write_supervisor_file(folder, stack)
+    write_supervisor_file(folder, stack, log_megabytes=settings.keep_logs_megabytes)
     _enroll(folder, stack, settings, key)
     folder.save(stack)
     return settings

@@ -1,5 +1,6 @@
 """The stack's processes, and the supervisord configuration that runs them."""
 
+import math
 import os
 import shlex
 import sys
@@ -22,6 +23,7 @@ SITES = "sites"  # the group of all sites
 MARK = "STACK_OF_FEDCHORD"  # the variable whose value, the stack's id, every process of the stack has
 
 _CELERY = (sys.executable, "-m", "celery")
+_LOG_BACKUPS = 2  # older files of a process's log, besides the one that is written
 _STOP_SECONDS = 10  # a part that takes longer is done again after the next `up`
 
 
@@ -91,8 +93,9 @@ def _events(stack: Stack) -> tuple[str, ...]:
     return ("-E",) if stack.flower_port is not None else ()
 
 
-def write_supervisor_file(folder: StackFolder, stack: Stack) -> None:
-    """Write supervisord's configuration; it holds Flower's password."""
+def write_supervisor_file(folder: StackFolder, stack: Stack, *, log_megabytes: float) -> None:
+    """Write supervisord's configuration, which holds Flower's password; `log_megabytes` is for each process."""
+    log_bytes = _log_bytes(log_megabytes)
     serving, sites = stack_programs(folder, stack)
     sections = [
         _section(
@@ -103,13 +106,15 @@ def write_supervisor_file(folder: StackFolder, stack: Stack) -> None:
         _section(
             "supervisord",
             logfile=folder.log("supervisord"),
+            logfile_maxbytes=log_bytes,
+            logfile_backups=_LOG_BACKUPS,
             pidfile=folder.supervisor_pid_file,
             childlogdir=folder.logs,
             directory=folder.path,
             identifier="fedchord",
         ),
         "[rpcinterface:supervisor]\nsupervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface",
-        *(_program(folder, program) for program in (*serving, *sites)),
+        *(_program(folder, program, log_bytes) for program in (*serving, *sites)),
     ]
     if sites:  # one group, so that supervisord stops them all at once
         sections.append(
@@ -129,7 +134,12 @@ def supervisor_environment(stack: Stack) -> dict[str, str]:
     }
 
 
-def _program(folder: StackFolder, program: Program) -> str:
+def _log_bytes(megabytes: float) -> int:
+    """Return how large one of a process's log files may become; 0, supervisord's word for it, without a bound."""
+    return 0 if math.isinf(megabytes) else int(megabytes * 10**6) // (1 + _LOG_BACKUPS)
+
+
+def _program(folder: StackFolder, program: Program, log_bytes: int) -> str:
     return _section(
         f"program:{program.name}",
         command=shlex.join(program.command),
@@ -143,8 +153,8 @@ def _program(folder: StackFolder, program: Program) -> str:
         killasgroup="true",  # a worker's children train; none outlives it
         redirect_stderr="true",
         stdout_logfile=folder.log(program.name),
-        stdout_logfile_maxbytes="10MB",
-        stdout_logfile_backups=2,
+        stdout_logfile_maxbytes=log_bytes,
+        stdout_logfile_backups=_LOG_BACKUPS,
     )
 
 

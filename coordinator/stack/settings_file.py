@@ -1,6 +1,7 @@
 """Write a settings file for `Settings.load`: TOML, secrets in it, so readable by its owner only."""
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,4 +37,6 @@ def _toml(value: object) -> str:
         value = str(value)
     if not isinstance(value, str | bool | int | float):
         raise TypeError(f"a setting cannot be {value!r}")
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -19,6 +19,7 @@ from store.exchange.descent import parents_here
 from store.exchange.foreign import ForeignModel
 from store.exchange.neighbour import Neighbour
 from store.exchange.possession import missing_blobs, record_received
+from store.expiry import check_bytes
 from store.model_stores import check_access, visible_stores
 from store.models import ModelInfo, ModelState, find_copy, find_models, get_model, ids_in_store
 from store.new_models import check_new_model
@@ -51,6 +52,7 @@ def feedback(
         model = get_model(connection, model_id)
     if not model.shards:
         raise NotFound(f"Model {model_id} is recorded without bytes; there is nothing to send.")
+    check_bytes(store.blobs, model)
     with Neighbour(store, chosen) as above:
         node_id = above.check_way_up(model_store_ddc)
         offered = {

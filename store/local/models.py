@@ -228,6 +228,8 @@ class ModelMethods(LocalMethods):
         try:
             return load_index(self.store.blobs, model.index_hash).schema
         except NotFound as error:  # what is recorded of the model is right all the same
+            if model.expired_at is not None:
+                return None
             logger.warning("The index of model %s is gone: %s", model.model_id, error, extra={"action": "index_gone"})
             return None
 

@@ -489,3 +489,22 @@ def test_a_jobs_models_and_their_lineage(workplace: Workplace) -> None:
     workplace.run("models", "get", "--job", job_id[:8], "-o", "count.safetensors")
     back = safetensors.numpy.load_file(workplace.folder / "count.safetensors")
     assert back["count"].tolist() == [2.0, 2.0, 2.0]
+
+    settings = workplace.folder / "fedchord-stack" / "fedchord.toml"
+    bounds = "keep_updates_days = 0\nkeep_models_days = 0\nreference_seconds = 1\n"
+    settings.write_text(bounds + settings.read_text())
+    wait_for(lambda: len(workplace.run("gc", "--dry-run", "--json").json["expired"]) > 5, seconds=20, what="all is due")
+    told = workplace.run("gc", "--dry-run", "--older-than-hours", "0", "--json").json
+    assert sorted(each["model_kind"] for each in told["expired"]) == ["global", "initial", *["update"] * 4]
+    assert "Would let expire 4 of kind update" in workplace.run("gc", "--dry-run").out
+    done = workplace.run("gc", "--older-than-hours", "0", "--json").json
+    assert (done["bytes"] > 0, {**done, "dry_run": True}) == (True, told)
+    assert workplace.run("gc", "--older-than-hours", "0").out == "Removed 0 blobs, 0 B.\n"
+    assert "aggregated, expired" in workplace.run("models").out
+    assert "keep_models_days is 0" in workplace.run("models", "show", found[1]["model_id"]).out
+    assert "and its bytes were removed" in workplace.run("models", "get", found[1]["model_id"], code=3).err
+    assert "cannot be verified any more" in workplace.run("verify", found[1]["model_id"], code=3).out
+    kept = workplace.run("models", "keep", found[0]["model_id"][:8], "--json").json
+    assert (kept["kept"], kept["models"]) == (True, 7)
+    assert "--off" in workplace.run("models", "delete", found[0]["model_id"], code=4).err
+    assert "no more" in workplace.run("models", "keep", found[0]["model_id"], "--off").out

@@ -15,6 +15,7 @@ import urllib3
 from blake3 import blake3
 
 from common.errors import InvalidInput, NotFound, StoreUnavailable, UpdateRejected
+from store import s3
 from store.blobs import Blob, BlobStore
 from store.folder import FolderStore
 from store.s3 import S3Store
@@ -157,6 +158,24 @@ def test_a_deleted_blob_is_gone(blob_store: BlobStore) -> None:
     assert blob_store.delete(blob.digest)
     assert not blob_store.delete(blob.digest)
     assert blob not in list(blob_store.blobs())
+    with pytest.raises(NotFound):
+        blob_store.open(blob)
+
+
+def test_a_blob_that_was_put_again_lately_is_not_deleted_as_an_old_one(
+    blob_store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "_CLOCK_SECONDS", 0.0)  # seconds are old here
+    data = os.urandom(50)
+    blob = put(blob_store, data)
+    assert not blob_store.delete(blob.digest, older_than_seconds=3600)
+    wait_for(lambda: blob in list(blob_store.blobs(older_than_seconds=2)), seconds=20, what="the blob is old")
+    put(blob_store, data)
+    assert blob not in list(blob_store.blobs(older_than_seconds=2))
+    assert not blob_store.delete(blob.digest, older_than_seconds=2)
+    assert content(blob_store, blob) == data
+    wait_for(lambda: blob_store.delete(blob.digest, older_than_seconds=2), seconds=20, what="the blob is old again")
+    assert not blob_store.delete(blob.digest, older_than_seconds=2)
     with pytest.raises(NotFound):
         blob_store.open(blob)
 
@@ -585,3 +604,20 @@ def test_a_store_that_is_not_there_is_said_in_one_sentence(tmp_path: Path) -> No
     )
     with pytest.raises(StoreUnavailable, match=r"does not answer .*start it"):
         S3Store(client, BUCKET, cache_folder=tmp_path, cache_bytes=1 << 20).prepare()
+
+
+def test_a_blob_that_is_put_again_while_it_is_deleted_as_old_stays(
+    folder_store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder_store.folder / "blobs" / put(folder_store, b"again").digest
+    os.utime(path, (0, 0))
+    rename = Path.rename
+
+    def put_first(self: Path, target: Path) -> Path:
+        put(folder_store, b"again")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", put_first)  # by which it is set aside, after it was found to be old
+    assert not folder_store.delete(path.name, older_than_seconds=3600)
+    assert path.read_bytes() == b"again"
+    assert list(folder_store.scratch().iterdir()) == []

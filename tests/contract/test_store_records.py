@@ -93,7 +93,7 @@ class TestMigration:
             {"model_id": "b", "store": "ddc:x", "model_hash": "hb", "shards": [], "at": first},
             {"model_id": "c", "store": "ddc:y", "model_hash": "hc", "shards": [], "at": last},
         ]
-        new = {"index_hash", "origin_node", "origin_model_id"}
+        new = {"index_hash", "origin_node", "origin_model_id", "kept", "expired_at", "expired_reason"}
         old = [column for column in table.columns if column.name not in {"sequence", *new}]
         with writing(fresh) as connection:
             for row in rows:

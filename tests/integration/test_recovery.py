@@ -32,7 +32,7 @@ from coordinator.jobs import JobState, add_job, get_job, new_job
 from coordinator.parts import find_parts, leave_parts
 from coordinator.planning import plan_next
 from coordinator.progress import job_progress
-from coordinator.rounds import claim_round
+from coordinator.rounds import claim_round, get_round
 from coordinator.states import PartState, RoundKind
 from coordinator.submitting import submit
 from store.database import reading, writing
@@ -350,3 +350,50 @@ def test_a_round_whose_aggregating_process_is_gone_is_taken_up_when_the_lease_ru
         three_sites.wait(job.job_id, "completed", "failed")
     assert not claimed_early or "taking it up" in three_sites.log("gate.log")
     assert_same_as_reference(three_sites, job.job_id, rounds=1)
+
+
+def answered_round(made: Federation) -> str:
+    """Bring a job to where its first training round waits to be settled, with no coordinator; return its id."""
+    services = made.services
+    with made.coordinator() as process:
+        job = submit(services, made.spec(rounds=1))
+        for site in made.sites.values():
+            site.start(train(site.name, 0, {})[0])
+        for site in made.sites.values():
+            message = site.receive()
+        kill(process)
+    assert message.round == 1
+    round_ = job_progress(services, job.job_id).newest
+    assert round_ is not None
+    with writing(services.engine) as connection:
+        leave_parts(connection, find_parts(connection, round_.round_id), PartState.DROPPED, "test")
+    return round_.round_id
+
+
+def test_an_aggregation_that_ends_its_process_again_and_again_fails_the_job(three_sites: Federation) -> None:
+    services = three_sites.services
+    round_id = answered_round(three_sites)
+    for number in range(closing._MOST_CLAIMS):  # processes that have died
+        with writing(services.engine) as connection:
+            assert claim_round(connection, round_id, f"process {number}", -1)
+    closing.settle_round(services, round_id)
+    job_id = round_id.partition(".")[0]
+    job = three_sites.job(job_id)
+    assert job.state is JobState.FAILED
+    assert "it was begun 10 times, and each time the process ended" in job.reason
+
+
+def test_an_aggregation_that_waits_for_a_service_is_not_held_against_the_round(
+    three_sites: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = three_sites.services
+    round_id = answered_round(three_sites)
+
+    def away(*_: object) -> None:
+        raise BrokerUnavailable("away")
+
+    monkeypatch.setattr("coordinator.closing._settle", away)
+    with pytest.raises(BrokerUnavailable):
+        closing.settle_round(services, round_id)
+    with reading(services.engine) as connection:
+        assert get_round(connection, round_id).claims == 0

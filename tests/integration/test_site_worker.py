@@ -15,11 +15,12 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from blake3 import blake3
 from celery import Celery
 from kombu import Connection
 from redis import Redis
 
-from common.broker import connect, make_coordinator_app
+from common.broker import connect, make_coordinator_app, make_site_app
 from common.heartbeats import Heartbeat, read_heartbeats
 from common.messages import (
     ANSWERS,
@@ -33,11 +34,14 @@ from common.messages import (
     UpdateReady,
     UpdateRoundStart,
 )
+from common.progress import ProgressReport, read_progress
 from common.queues import ANSWER_TASKS, COORDINATOR_QUEUE, SITE_TASKS, AnswerKind, Kind, cancel_key, site_queue
 from common.settings import Settings
 from common.signing import SigningKey
 from store.folder import FolderStore
+from store.tensors import read_tensors, write_shard
 from store.weights import store_weights
+from tests.http_store import HttpStore, http_store
 from tests.servers import die_with_parent, free_ports, valkey, wait_for
 
 SITE = "alpha"
@@ -99,6 +103,28 @@ class Coordinator:
         file = self.settings.site_data / "fits"
         return [[int(word) for word in line.split()] for line in file.read_text().splitlines()] if file.exists() else []
 
+    def part_over_http(self, remote: HttpStore, **changes: Any) -> UpdateRoundStart:
+        """Return a message that asks for training on a model of 8 MB, with references to the other store."""
+        path = self.folder / "model.safetensors"
+        blob = write_shard(path, {"w": np.arange(2_000_000, dtype=np.float32)}, metadata={})
+        remote.objects["model"] = path.read_bytes()
+        source = SourceShard(digest=blob.digest, size=blob.size, url=remote.reference("model"))
+        model = ModelReference(model_id="m", digest="0" * 64, shards=(source,))
+        urls = (remote.reference("update"),)
+        return self.part(**{"model": model, "shard_bytes": 2**24, "upload_urls": urls} | changes)
+
+    def trained_over_http(self, remote: HttpStore, answer: Any) -> None:
+        """Check that the update has arrived and is the one that was answered."""
+        (shard,) = answer.shards
+        assert blake3(remote.objects["update"]).hexdigest() == shard.digest
+        path = self.folder / "update.safetensors"
+        path.write_bytes(remote.objects["update"])
+        assert (read_tensors(path)["w"] == np.arange(2_000_000, dtype=np.float32) + 1).all()
+
+    def log(self) -> str:
+        """Return what the site has logged."""
+        return (self.folder / "site.log").read_text()
+
     def part(self, **changes: Any) -> UpdateRoundStart:
         """Return a message that asks for training."""
         number = next(self.numbers)
@@ -152,13 +178,14 @@ class Coordinator:
 
 
 @contextmanager
-def run_site(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the site's worker; it is stopped at the end, kindly at first."""
+def run_site(folder: Path, **settings: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the site's worker, with more settings if given; it is stopped at the end, kindly at first."""
+    more = {f"FEDCHORD_{name.upper()}": str(value) for name, value in settings.items()}
     with (folder / "site.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "celery", "-A", "worker", "worker"],
             cwd=folder,  # where its trainer lies
-            env=environment({"FEDCHORD_CONFIG": str(folder / "site.toml")}),
+            env=environment({"FEDCHORD_CONFIG": str(folder / "site.toml"), **more}),
             stdout=log,
             stderr=subprocess.STDOUT,
             preexec_fn=die_with_parent,
@@ -253,9 +280,12 @@ def test_a_trainer_that_hangs_for_ever_gives_its_slot_back_at_the_time_limit(coo
         coordinator.send(hung, time_limit=7)
         wait_for((coordinator.settings.site_data / "hang").exists, seconds=20, what="the trainer to hang")
         part = coordinator.part(config={"hang": False})
+        coordinator.send(hung)  # asked again, for the process that is told to end may be killed before it has answered
         coordinator.send(part)
-        # From the process that is told to end, or, after a kill, from the next, which may do the other part first.
-        answers = {answer.task_id: answer for answer in (coordinator.receive(), coordinator.receive())}
+        answers: dict[str, Any] = {}
+        while len(answers) < 2:
+            answer = coordinator.receive()
+            answers[answer.task_id] = answer
         assert isinstance(answers[hung.task_id], PartDeclined)
         assert isinstance(answers[part.task_id], UpdateReady)
         assert len(coordinator.fits()) == 2
@@ -303,13 +333,14 @@ def test_a_site_answers_a_ping_while_it_trains_and_stops_when_the_job_is_cancell
         assert coordinator.receive().reason == "The job was stopped."
 
 
-def test_a_part_whose_process_was_killed_is_done_again(coordinator: Coordinator) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_part_whose_process_was_killed_is_done_again(coordinator: Coordinator, how: signal.Signals) -> None:
     coordinator.hold.touch()
     with run_site(coordinator.folder):
         part = coordinator.part()
         coordinator.send(part)
         wait_for(lambda: len(coordinator.fits()) == 1, seconds=20, what="the training to begin")
-        os.kill(coordinator.fits()[0][0], signal.SIGKILL)
+        os.kill(coordinator.fits()[0][0], how)
         wait_for(lambda: len(coordinator.fits()) == 2, seconds=30, what="the training to begin again")
         coordinator.hold.unlink()
         answer = coordinator.receive()
@@ -332,6 +363,148 @@ def test_a_site_that_was_killed_leaves_nothing_running_and_takes_up_its_part_aga
     coordinator.hold.unlink()
     with run_site(coordinator.folder):
         assert isinstance(coordinator.receive(), UpdateReady)
+
+
+def kill(coordinator: Coordinator, process: subprocess.Popen[bytes]) -> None:
+    """Kill the site's worker and wait until nothing of it is left."""
+    process.kill()
+    process.wait()
+    wait_for(lambda: coordinator.heartbeat() is None, seconds=10, what="the heartbeat to expire")
+
+
+def restore_overdue(coordinator: Coordinator) -> int:
+    """Do what every worker of the site does now and then: hand out again what the visibility timeout is over for.
+
+    Return how many messages that were. A worker does it every hundred seconds, which a test need not wait for.
+    """
+    app = make_site_app(coordinator.settings.model_copy(update={"visibility_timeout_seconds": 1}))
+    with app.connection_for_write() as connection:
+        channel = connection.default_channel
+        before = channel.client.zcard(channel.unacked_index_key)
+        channel.qos.restore_visible(interval=1)
+        restored: int = before - channel.client.zcard(channel.unacked_index_key)
+    app.close()
+    return restored
+
+
+@pytest.fixture
+def remote() -> Iterator[HttpStore]:
+    with http_store() as store:
+        yield store
+
+
+def test_a_part_that_takes_longer_than_the_visibility_timeout_is_trained_once(coordinator: Coordinator) -> None:
+    coordinator.hold.touch()
+    with run_site(coordinator.folder, site_slots=2, visibility_timeout_seconds=1) as process:
+        part = coordinator.part()
+        coordinator.send(part)
+        wait_for(lambda: len(coordinator.fits()) == 1, seconds=20, what="the training to begin")
+        wait_for(lambda: restore_overdue(coordinator) == 1, seconds=10, what="the message to be overdue")
+        wait_for(lambda: "dropped a copy" in coordinator.log(), seconds=20, what="the copy to be dropped")
+        coordinator.send(part.model_copy(update={"attempt": 2}))  # and the coordinator may ask again
+        wait_for(lambda: coordinator.log().count("dropped a copy") == 2, seconds=10, what="the question to be dropped")
+        coordinator.hold.unlink()
+        answer = coordinator.receive()
+        assert (answer.task_id, answer.attempt) == (part.task_id, 1)
+        process.terminate()
+        process.wait(20)
+    assert len(coordinator.fits()) == 1
+    assert coordinator.broker.llen(COORDINATOR_QUEUE) == 0
+
+
+def test_a_site_that_was_killed_in_mid_upload_does_not_train_again(coordinator: Coordinator, remote: HttpStore) -> None:
+    part = coordinator.part_over_http(remote)
+    with run_site(coordinator.folder) as process:
+        coordinator.hold.touch()
+        coordinator.send(part)
+        wait_for(lambda: len(coordinator.fits()) == 1, seconds=20, what="the training to begin")
+        remote.stall_after = 100_000
+        coordinator.hold.unlink()
+        assert remote.stalled.wait(20)
+        kill(coordinator, process)
+    remote.stall_after = None
+    with run_site(coordinator.folder):
+        answer = coordinator.receive()
+    assert isinstance(answer, UpdateReady)
+    coordinator.trained_over_http(remote, answer)
+    assert len(coordinator.fits()) == 1
+    assert remote.asked == ["GET model all", "PUT update all", "PUT update all"]
+    assert list(coordinator.settings.site_folder.glob("outgoing/*")) == []
+
+
+def test_a_site_that_was_killed_in_mid_download_fetches_what_is_missing(
+    coordinator: Coordinator, remote: HttpStore
+) -> None:
+    remote.stall_after = 3_000_000
+    part = coordinator.part_over_http(remote)
+    fetched = coordinator.settings.site_folder / "fetched"
+    with run_site(coordinator.folder) as process:
+        coordinator.send(part)
+        wait_for(
+            lambda: any(file.stat().st_size == 3_000_000 for file in fetched.glob(".*.part")),
+            seconds=20,
+            what="what was sent to be written",
+        )
+        kill(coordinator, process)
+    remote.stall_after = None
+    with run_site(coordinator.folder):
+        answer = coordinator.receive()
+    coordinator.trained_over_http(remote, answer)
+    assert remote.asked == ["GET model all", "GET model bytes=3000000-", "PUT update all"]
+    wait_for(lambda: list(fetched.iterdir()) == [], seconds=10, what="what was fetched to be removed")
+
+
+def test_an_object_store_that_is_away_for_a_while_costs_a_while(coordinator: Coordinator, remote: HttpStore) -> None:
+    remote.away = True
+    with run_site(coordinator.folder):
+        for path, count in (("GET model", 3), ("PUT update", 3)):
+            if path == "GET model":
+                coordinator.send(coordinator.part_over_http(remote))
+            wait_for(
+                lambda path=path, count=count: sum(asked.startswith(path) for asked in remote.asked) >= count,
+                seconds=20,
+                what=f"{path} to be tried in vain",
+            )
+            if path == "GET model":
+                coordinator.hold.touch()
+            remote.away = False
+            if path == "GET model":
+                wait_for(lambda: len(coordinator.fits()) == 1, seconds=20, what="the training to begin")
+                remote.away = True
+                coordinator.hold.unlink()
+        coordinator.trained_over_http(remote, coordinator.receive())
+    assert len(coordinator.fits()) == 1
+    assert coordinator.log().count("is away") == coordinator.log().count("is back") == 2
+
+
+def test_a_site_that_was_away_for_a_day_declines_what_is_too_late_and_does_the_rest(coordinator: Coordinator) -> None:
+    late, next_part = coordinator.part(deadline_at=time.time() - 24 * 3600), coordinator.part()
+    coordinator.send(late)
+    coordinator.send(next_part)
+    with run_site(coordinator.folder):
+        declined, answer = coordinator.receive(), coordinator.receive()
+    assert declined.task_id == late.task_id
+    assert declined.reason.startswith("The deadline passed 86")
+    assert isinstance(answer, UpdateReady)
+    assert [round_ for _, round_ in coordinator.fits()] == [next_part.round]
+
+
+def test_a_site_tells_how_far_a_part_is_and_stops_the_one_that_is_not_wanted(coordinator: Coordinator) -> None:
+    coordinator.hold.touch()
+    with run_site(coordinator.folder):
+        part = coordinator.part()
+        coordinator.send(part)
+
+        def told() -> ProgressReport | None:
+            return read_progress(coordinator.broker, [(SITE, part.task_id)]).get(part.task_id)
+
+        wait_for(told, seconds=20, what="a report of the part")
+        report = told()
+        assert report is not None
+        assert (report.fraction, report.text) == (0.5, "waiting")
+        coordinator.broker.set(cancel_key(SITE, part.task_id), 1, ex=60)
+        assert coordinator.receive().reason == "The part is not wanted any more."
+        wait_for(lambda: told() is None, seconds=10, what="the report to be taken back")
 
 
 def is_running(pid: int) -> bool:

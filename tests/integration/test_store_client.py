@@ -48,7 +48,8 @@ META = {"additonal": "additional data"}  # as the document spells it
 MODEL_INFO = {
     "model_id", "tenant_id", "model_store_ddc", "model_kind", "model_description", "model_meta", "model_state",
     "model_hash", "model_size", "round", "hop_count", "start_datetime", "end_datetime", "location", "parents", "job_id",
-    "site", "num_examples", "metrics", "shards", "index_hash", "origin", "created_at",
+    "site", "num_examples", "metrics", "shards", "index_hash", "origin", "created_at", "kept", "expired_at",
+    "expired_reason",
 }  # fmt: skip
 PARTY_INFO = {"id", "tenant_id", "tenant_name", "description", "hop_count", "created_at", "updated_at"}
 TENANT_ID = "0c6ca2a6-3c55-4b8f-9c43-3f0e2a1f8d10"

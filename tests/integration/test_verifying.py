@@ -17,14 +17,16 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import delete, update
 
+from common.errors import Conflict
 from common.messages import SwagRoundStart
 from coordinator.submitting import submit
 from coordinator.verifying import Result, Verdict, verify
 from store.blobs import Blob
 from store.database import reading, writing
 from store.folder import FolderStore
+from store.garbage import remove_unused
 from store.models import ModelInfo, ModelState, add_model, find_models, get_model, new_model_id
-from store.tables import model_info
+from store.tables import model_info, utc_now
 from tests.federation import ROOT, Federation, Tensors, clean_environment, federation
 from tests.servers import juicefs
 
@@ -272,6 +274,26 @@ def test_a_blob_that_was_deleted_is_missing(trained: Trained) -> None:
     (verdict,) = trained.verify()
     assert verdict.result is Result.MISSING
     assert verdict.troubles == (f"Blob {blob.digest} of the update of gamma is not in the object store any more.",)
+
+
+def test_what_has_expired_is_told_with_its_reason_and_only_once_its_bytes_are_gone(trained: Trained) -> None:
+    services = trained.made.services
+    second = trained.models("global")[1]
+    update_of_gamma = trained.an_update(second)
+    expired = {"expired_at": utc_now(), "expired_reason": "keep_updates_days is 30, and its job ended longer ago."}
+    with writing(services.engine) as connection:
+        is_it = model_info.c.model_id == update_of_gamma.model_id
+        connection.execute(update(model_info).where(is_it).values(**expired))
+    assert trained.verify(second.model_id)[0].result is Result.SAME
+    remove_unused(services.engine, services.blobs, older_than_seconds=0)
+    assert [verdict.result for verdict in trained.verify()] == [Result.SAME]
+    (verdict,) = trained.verify(second.model_id)
+    assert verdict.result is Result.EXPIRED
+    (trouble,) = verdict.troubles
+    assert trouble.startswith("The update of gamma expired on 20")
+    assert trouble.endswith(expired["expired_reason"])
+    with pytest.raises(Conflict, match=r"expired on 20.*models keep"):
+        submit(services, trained.made.spec(initial_model={"model": update_of_gamma.model_id}))
 
 
 def test_a_parent_that_is_no_update_of_that_site_is_told(trained: Trained) -> None:

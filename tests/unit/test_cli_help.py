@@ -46,6 +46,7 @@ def test_the_commands_are_those_that_the_reference_promises() -> None:
         "fedchord models",
         "fedchord models delete",
         "fedchord models get",
+        "fedchord models keep",
         "fedchord models lineage",
         "fedchord models list",
         "fedchord models put",

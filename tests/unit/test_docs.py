@@ -75,6 +75,9 @@ WORDS = [
     "transfer",
     "tenant",
     "operator",
+    "retention",
+    "expired",
+    "kept",
 ]
 PHRASES = ("global model", "model store", "test round", "embedded stack", "object store")
 

@@ -2,13 +2,14 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import msgpack
 import numpy as np
@@ -38,6 +39,7 @@ from store.folder import FolderStore
 from store.tensors import read_tensors
 from store.transfer import Transfer
 from store.weights import store_weights
+from worker.reports import Reports
 from worker.site import Site, prepare_site
 from worker.trainer import Evaluation, Fit, RoundContext, Tensors, Trainer, derive_seed
 from worker.trainers import Trainers
@@ -113,6 +115,24 @@ BEHAVIOURS: dict[str, Callable[[Tensors], Any]] = {
 
 
 @dataclass
+class ScriptedReports:
+    """What the coordinator wants, and what it was told."""
+
+    reasons: dict[str, str] = field(default_factory=dict)  # why to stop, by job or task id
+    told: list[tuple[str, float, str]] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+
+    def why_stop(self, job_id: str, task_id: str) -> str:
+        return self.reasons.get(job_id) or self.reasons.get(task_id, "")
+
+    def tell(self, task_id: str, fraction: float, text: str) -> None:
+        self.told.append((task_id, fraction, text))
+
+    def forget(self, task_id: str) -> None:
+        self.forgotten.append(task_id)
+
+
+@dataclass
 class Bench:
     """A site, and the coordinator's half of it."""
 
@@ -122,7 +142,7 @@ class Bench:
     key: SigningKey  # the coordinator's
     site_key: SigningKey
     sent: list[bytes] = field(default_factory=list)
-    cancelled: set[str] = field(default_factory=set)
+    reports: "ScriptedReports" = field(default_factory=lambda: ScriptedReports())
 
     def site(self) -> Site:
         """Return the site as one of its processes has it."""
@@ -132,7 +152,7 @@ class Bench:
             transfer=Transfer(shared_folder=self.store.folder, timeout_seconds=5),
             trainers=Trainers(self.settings.site_trainers),
             send=self.sent.append,
-            is_cancelled=self.cancelled.__contains__,
+            reports=cast(Reports, self.reports),
         )
 
     def seal(self, message: Message, **changes: Any) -> bytes:
@@ -144,10 +164,10 @@ class Bench:
         """Return the last answer, checked as the coordinator does."""
         return Envelope.read(self.sent[-1]).open(ANSWERS, recipient=COORDINATOR, public_key=self.site_key.public_key)
 
-    def ask(self, message: Message, *, site: Site | None = None, redelivered: bool = False) -> Any:
+    def ask(self, message: Message, *, site: Site | None = None) -> Any:
         """Hand the message to the site and return its answer."""
         before = len(self.sent)
-        (site or self.site()).handle(self.seal(message), "celery-id", redelivered=redelivered)
+        (site or self.site()).handle(self.seal(message), "celery-id")
         assert len(self.sent) == before + 1
         return self.answer()
 
@@ -207,9 +227,12 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     store = FolderStore(tmp_path / "blobs")
     store.prepare()
     prepare_site(settings)
-    yield Bench(folder=tmp_path, settings=settings, store=store, key=key, site_key=SigningKey.generate())
+    tested = Bench(folder=tmp_path, settings=settings, store=store, key=key, site_key=SigningKey.generate())
+    yield tested
     for folder in (tmp_path / "state" / "scratch").iterdir():
         assert list(folder.iterdir()) == []  # whatever happened, nothing of a part stays
+    for name in ("fetched", "outgoing"):
+        assert list((tmp_path / "state" / name).iterdir()) == []
 
 
 # --- parts that are done ----------------------------------------------------------------------------------------------
@@ -285,16 +308,17 @@ def test_a_job_s_trainer_is_made_once_and_anew_for_another_config(bench: Bench) 
 def test_a_message_that_comes_twice_is_answered_twice_and_trained_once(bench: Bench) -> None:
     part = bench.part(UpdateRoundStart)
     bench.ask(part)
-    bench.ask(part, redelivered=True)
+    bench.ask(part)
     assert bench.sent[0] == bench.sent[1]
     assert Recorder.calls == ["fit 1"]
 
 
-def test_a_higher_attempt_is_trained_again(bench: Bench) -> None:
+def test_a_part_that_is_asked_for_again_gets_the_answer_that_was_given(bench: Bench) -> None:
     bench.ask(bench.part(UpdateRoundStart))
     answer = bench.ask(bench.part(UpdateRoundStart, attempt=2))
-    assert answer.attempt == 2
-    assert Recorder.calls == ["fit 1", "fit 1"]
+    assert answer.attempt == 1
+    assert bench.sent[0] == bench.sent[1]
+    assert Recorder.calls == ["fit 1"]
 
 
 def test_an_answer_that_could_not_be_sent_is_sent_when_the_message_comes_again(bench: Bench) -> None:
@@ -307,9 +331,131 @@ def test_an_answer_that_could_not_be_sent_is_sent_when_the_message_comes_again(b
     site._send = fail
     with pytest.raises(ConnectionError):
         site.handle(bench.seal(part), "celery-id")
-    answer = bench.ask(part, redelivered=True)
+    answer = bench.ask(part)
     assert isinstance(answer, UpdateReady)
     assert Recorder.calls == ["fit 1"]
+
+
+class Killed(BaseException):
+    """The process ends here: as with SIGKILL, nothing catches it."""
+
+
+class DyingTransfer(Transfer):
+    """Ends the process after some shards were sent."""
+
+    def __init__(self, *, sends: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.sends = sends
+
+    def upload(self, path: Path, url: str, **options: Any) -> None:
+        if self.sends == 0:
+            raise Killed
+        self.sends -= 1
+        super().upload(path, url, **options)
+
+
+def killed_while_it_sends(bench: Bench, part: Any, *, sent: int) -> None:
+    """Let the site do the part, and end its process after so many shards were sent."""
+    site = bench.site()
+    site._transfer = DyingTransfer(sends=sent, shared_folder=bench.store.folder, timeout_seconds=5)
+    with pytest.raises(Killed):
+        site.handle(bench.seal(part), "celery-id")
+    assert bench.sent == []
+
+
+def part_of_two_shards(bench: Bench, slot: str, **changes: Any) -> Any:
+    urls = tuple(bench.store.write_url(f"{slot}/{number}", seconds=60) for number in range(2))
+    return bench.part(UpdateRoundStart, shard_bytes=16, upload_urls=urls, **changes)
+
+
+@pytest.mark.parametrize("sent", [0, 1])
+def test_a_site_killed_in_mid_upload_sends_on_and_does_not_train_again(bench: Bench, sent: int) -> None:
+    part = part_of_two_shards(bench, "slot")
+    killed_while_it_sends(bench, part, sent=sent)
+    site = bench.site()
+    site._transfer = counted = DyingTransfer(sends=9, shared_folder=bench.store.folder, timeout_seconds=5)
+    answer = bench.ask(part, site=site)
+    assert bench.uploaded(answer) == {"w": [2, 2, 2], "n": 3}
+    assert (answer.num_examples, answer.metrics) == (5, {"train_loss": 0.25, "odd": None})
+    assert 9 - counted.sends == 2 - sent  # what had arrived is not sent again
+    assert Recorder.calls == ["fit 1"]
+
+
+def test_an_update_that_was_trained_for_an_earlier_attempt_is_sent_whole_to_where_the_later_one_says(
+    bench: Bench,
+) -> None:
+    killed_while_it_sends(bench, part_of_two_shards(bench, "early"), sent=1)
+    answer = bench.ask(part_of_two_shards(bench, "slot", attempt=3))
+    assert answer.attempt == 3
+    assert bench.uploaded(answer) == {"w": [2, 2, 2], "n": 3}
+    assert Recorder.calls == ["fit 1"]
+
+
+@pytest.mark.parametrize("damage", ["shard", "answer", "missing"])
+def test_an_update_that_was_damaged_before_it_was_sent_is_trained_again(bench: Bench, damage: str) -> None:
+    part = part_of_two_shards(bench, "slot")
+    killed_while_it_sends(bench, part, sent=0)
+    kept = bench.folder / "state" / "outgoing"
+    if damage == "missing":
+        (kept / "task@1").unlink()
+    else:
+        file = kept / ("task@1" if damage == "shard" else "task@answer")
+        file.chmod(0o644)
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    answer = bench.ask(part)
+    assert bench.uploaded(answer) == {"w": [2, 2, 2], "n": 3}
+    assert Recorder.calls == ["fit 1", "fit 1"]
+
+
+def test_an_update_that_comes_too_late_to_be_sent_is_dropped(bench: Bench) -> None:
+    part = part_of_two_shards(bench, "slot")
+    killed_while_it_sends(bench, part, sent=1)
+    answer = bench.ask(part.model_copy(update={"deadline_at": time.time() - 1}))
+    assert answer.reason.startswith("The deadline passed 1.")
+
+
+def test_the_end_of_a_job_drops_updates_that_nobody_will_ask_for(bench: Bench) -> None:
+    killed_while_it_sends(bench, part_of_two_shards(bench, "slot", task_id="job.train.1.alpha"), sent=1)
+    outgoing = bench.folder / "state" / "outgoing"
+    assert len(list(outgoing.iterdir())) == 4  # the answer, two shards, and the note that one has arrived
+    bench.site().handle(bench.seal(TrainingFinished(job_id="jo", state="aborted")), "celery-id")
+    assert len(list(outgoing.iterdir())) == 4
+    bench.site().handle(bench.seal(TrainingFinished(job_id="job", state="aborted")), "celery-id")
+    assert list(outgoing.iterdir()) == []
+
+
+def test_a_copy_of_a_part_that_is_in_hand_is_dropped(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    part = bench.part(UpdateRoundStart)
+    other = bench.site()
+    train = Recorder.fit
+
+    def fit(self: Recorder, tensors: Tensors, step: RoundContext) -> Any:
+        for attempt in (1, 2):
+            other.handle(bench.seal(part.model_copy(update={"attempt": attempt})), "celery-id")
+        assert bench.sent == []
+        return train(self, tensors, step)
+
+    monkeypatch.setattr(Recorder, "fit", fit)
+    assert bench.ask(part).attempt == 1
+    assert Recorder.calls == ["fit 1"]
+    assert [getattr(record, "action", "") for record in caplog.records].count("part_in_hand") == 2
+    assert bench.ask(part, site=other).attempt == 1  # now it is answered
+    assert Recorder.calls == ["fit 1"]
+
+
+def test_a_message_that_waited_for_a_day_is_declined_without_a_trainer_or_a_byte(bench: Bench) -> None:
+    late = bench.part(UpdateRoundStart, task_id="late", deadline_at=time.time() - 24 * 3600)
+    gone = late.model.model_copy(
+        update={"shards": (late.model.shards[0].model_copy(update={"url": "http://127.0.0.1:1/gone"}),)}
+    )
+    begun = time.monotonic()
+    assert bench.ask(late.model_copy(update={"model": gone})).reason.startswith("The deadline passed 86400.")
+    assert time.monotonic() - begun < 1
+    assert Recorder.made == 0
+    assert isinstance(bench.ask(bench.part(UpdateRoundStart, task_id="next")), UpdateReady)
 
 
 def test_a_part_that_ends_its_process_each_time_is_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,11 +465,11 @@ def test_a_part_that_ends_its_process_each_time_is_given_up(bench: Bench, monkey
         raise KeyboardInterrupt  # like SIGKILL, nothing catches it
 
     monkeypatch.setattr(Recorder, "fit", die)
-    for redelivered in (False, True, True):
+    for attempt in (1, 1, 2):  # however often it is asked again
         with pytest.raises(KeyboardInterrupt):
-            bench.site().handle(bench.seal(part), "celery-id", redelivered=redelivered)
+            bench.site().handle(bench.seal(part.model_copy(update={"attempt": attempt})), "celery-id")
     assert bench.sent == []
-    answer = bench.ask(part, redelivered=True)
+    answer = bench.ask(part)
     assert isinstance(answer, PartDeclined)
     assert answer.failed
     assert "process ended 3 times" in answer.reason
@@ -333,7 +479,55 @@ def test_a_full_disk_for_receipts_does_not_keep_the_answer_back(bench: Bench) ->
     receipts = bench.folder / "state" / "receipts"
     site = bench.site()
     receipts.rmdir()
-    assert isinstance(bench.ask(bench.part(UpdateRoundStart), site=site), UpdateReady)
+    part = bench.part(UpdateRoundStart)
+    answer = bench.ask(part, site=site)
+    assert isinstance(answer, UpdateReady)
+    receipts.mkdir()
+    assert bench.ask(part, site=site).shards == answer.shards  # the update itself was kept in the receipt's place
+    assert Recorder.calls == ["fit 1"]
+
+
+def test_what_was_told_of_a_part_is_taken_back_when_it_is_answered(bench: Bench) -> None:
+    site = bench.site()
+    site._tell_seconds = 0.0
+    bench.ask(bench.part(UpdateRoundStart), site=site)
+    assert bench.reports.told == [("task", 0.5, "half")]
+    assert bench.reports.forgotten == ["task"]
+
+
+def test_a_clock_that_jumps_does_not_end_a_part(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = Recorder.fit
+
+    def fit(self: Recorder, tensors: Tensors, step: RoundContext) -> Any:
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 24 * 3600)
+        return train(self, tensors, step)
+
+    monkeypatch.setattr(Recorder, "fit", fit)
+    assert isinstance(bench.ask(bench.part(UpdateRoundStart)), UpdateReady)
+
+
+def test_a_process_that_is_told_to_end_leaves_the_part_to_the_next_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = Recorder.fit
+    monkeypatch.setattr(Recorder, "fit", lambda *_: sys.exit(-(256 - signal.SIGTERM)))  # as its handler does
+    part = bench.part(UpdateRoundStart)
+    with pytest.raises(SystemExit):
+        bench.site().handle(bench.seal(part), "celery-id")
+    assert bench.sent == []
+    monkeypatch.setattr(Recorder, "fit", train)
+    assert isinstance(bench.ask(part), UpdateReady)
+
+
+@pytest.mark.parametrize("folder", ["outgoing", "leases"])
+def test_a_disk_that_takes_nothing_fails_the_part_and_the_next_one_is_done(bench: Bench, folder: str) -> None:
+    site = bench.site()
+    (bench.folder / "state" / folder).rmdir()
+    answer = bench.ask(bench.part(UpdateRoundStart), site=site)
+    assert (answer.failed, "No such file or directory" in answer.reason) == (True, True)
+    (bench.folder / "state" / folder).mkdir()
+    assert isinstance(bench.ask(bench.part(UpdateRoundStart, task_id="next"), site=site), UpdateReady)
 
 
 # --- parts that are declined ------------------------------------------------------------------------------------------
@@ -349,10 +543,18 @@ def test_a_trainer_that_is_not_on_the_list_is_declined(bench: Bench) -> None:
 
 
 def test_a_cancelled_job_is_declined(bench: Bench) -> None:
-    bench.cancelled.add("job")
+    bench.reports.reasons["job"] = "The job was stopped."
     answer = bench.ask(bench.part(UpdateRoundStart))
     assert (answer.reason, answer.failed) == ("The job was stopped.", False)
     assert Recorder.calls == []
+
+
+def test_a_part_that_is_not_wanted_any_more_is_declined_and_the_next_one_done(bench: Bench) -> None:
+    bench.reports.reasons["task"] = "The part is not wanted any more."
+    answer = bench.ask(bench.part(UpdateRoundStart))
+    assert (answer.reason, answer.failed) == ("The part is not wanted any more.", False)
+    assert isinstance(bench.ask(bench.part(UpdateRoundStart, task_id="next")), UpdateReady)
+    assert Recorder.calls == ["fit 1"]
 
 
 def test_a_deadline_that_has_passed_is_declined(bench: Bench) -> None:
@@ -557,3 +759,19 @@ def test_a_start_removes_what_dead_processes_and_old_jobs_left(bench: Bench) -> 
     prepare_site(bench.settings)
     assert [folder.name for folder in (state / "scratch").iterdir()] == [str(os.getpid())]
     assert [folder.name for folder in (state / "jobs").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(("days", "kept"), [(0.9, ["fetched", "outgoing"]), (1.1, ["outgoing"]), (7.1, [])])
+def test_what_was_fetched_is_kept_for_a_day_and_what_was_trained_for_as_long_as_a_message_may_ask(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, days: float, kept: list[str]
+) -> None:
+    state = bench.folder / "state"
+    for folder in ("fetched", "outgoing"):
+        (state / folder / "left@0").touch()
+    now = time.time() + days * 24 * 3600
+    monkeypatch.setattr(time, "time", lambda: now)
+    prepare_site(bench.settings)
+    left = [path for folder in ("fetched", "outgoing") for path in (state / folder).iterdir()]
+    assert [path.parent.name for path in left] == kept
+    for path in left:
+        path.unlink()

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import pytest
 from common.errors import Declined, InvalidSettings, InvalidTensors
 from examples.digits.partition import partition
 from examples.digits.sklearn_trainer import DigitsRegression
-from worker.progress import Progress
 from worker.seeds import seeded
-from worker.trainer import Cancelled, JobContext, RoundContext, check_tensors, derive_seed
+from worker.trainer import JobContext, RoundContext, check_tensors, derive_seed
 from worker.trainers import Trainers
 
 
@@ -111,24 +109,6 @@ def test_what_is_not_arrays_by_name_is_refused(tensors: object) -> None:
 
 def test_numpy_scalars_are_0_d_tensors() -> None:
     assert check_tensors({"w": np.float32(2)})["w"].shape == ()
-
-
-# --- progress ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_stopped_job_ends_its_training() -> None:
-    answers = iter([False, True])
-    progress = Progress(is_cancelled=lambda: next(answers), deadline_at=time.time() + 60, label="part")
-    progress.check()
-    progress(0.1, "epoch 1")  # asked less than a second ago
-    with pytest.raises(Cancelled, match="was stopped"):
-        progress.check()
-
-
-def test_a_deadline_that_has_passed_ends_the_training() -> None:
-    progress = Progress(is_cancelled=lambda: False, deadline_at=time.time() - 5, label="part")
-    with pytest.raises(Cancelled, match=r"deadline passed 5\.0 s ago"):
-        progress(0.5, "epoch 1")
 
 
 # --- the list of trainers ---------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0005"
-down_revision = "0003"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 
@@ -29,7 +29,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Go back to revision 0003."""
+    """Go back to revision 0004."""
     op.drop_table("members")
     op.drop_index("ix_parts_state_job_id_counted_in", "parts")
     op.drop_column("parts", "counted_in")

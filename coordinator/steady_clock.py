@@ -12,7 +12,7 @@ from datetime import datetime
 from store.tables import utc_now
 
 
-class Patience:
+class SteadyClock:
     """What one process has seen, and since when."""
 
     def __init__(self) -> None:
