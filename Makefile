@@ -27,7 +27,7 @@ test: install ## Run every test, against real servers
 test-fast: install ## Run the tests that need no server, in seconds
 	$(BIN)/python -m pytest tests/unit
 
-chaos: install ## Break everything on purpose, and write what came of it into docs/reliability.md; about MINUTES minutes
+chaos: install ## Break everything on purpose, and write what came of it into docs/reliability.md; about half an hour
 	rm -rf build/chaos
 	$(BIN)/python -m pytest tests/chaos --chaos full --chaos-table build/chaos --numprocesses 2 --dist loadfile
 	$(BIN)/python -m tests.chaos.campaign --minutes 5 --table build/chaos
