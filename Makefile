@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer, make and this checkout.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format bench docs clean
+.PHONY: help install demo test test-fast chaos lint format bench docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,6 +26,13 @@ test: install ## Run every test, against real servers
 
 test-fast: install ## Run the tests that need no server, in seconds
 	$(BIN)/python -m pytest tests/unit
+
+chaos: install ## Break everything on purpose, and write what came of it into docs/reliability.md; about half an hour
+	rm -rf build/chaos
+	$(BIN)/python -m pytest tests/chaos --chaos full --chaos-table build/chaos --numprocesses 2 --dist loadfile
+	$(BIN)/python -m tests.chaos.campaign --minutes 5 --table build/chaos
+	$(BIN)/python -m tests.chaos.campaign --minutes 5 --services --table build/chaos
+	$(BIN)/python -m tests.chaos.table build/chaos
 
 lint: install ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

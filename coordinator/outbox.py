@@ -1,11 +1,11 @@
 """Messages that ask for no answer, recorded with the change they tell of, so that neither happens without the other."""
 
 from dataclasses import dataclass
-from datetime import timedelta
 
 from sqlalchemy import Connection, select, update
 
 from common.queues import Kind
+from coordinator.overdue import is_old
 from store.tables import outbox, utc_now
 
 
@@ -31,8 +31,9 @@ def add_notices(connection: Connection, kind: Kind, job_id: str, sites: tuple[st
 
 def find_notices(connection: Connection, *, grace_seconds: float = 0, limit: int = 1000) -> list[Notice]:
     """Return the messages, so many seconds old, that are not known to have been sent, the oldest first."""
-    late = utc_now() - timedelta(seconds=grace_seconds)
-    query = select(outbox).where(outbox.c.sent_at.is_(None), outbox.c.created_at <= late)
+    query = select(outbox).where(outbox.c.sent_at.is_(None))
+    if grace_seconds:
+        query = query.where(is_old(outbox.c.created_at, grace_seconds))
     query = query.order_by(outbox.c.id).limit(limit)
     return [
         Notice(

@@ -32,7 +32,7 @@ def find_overdue(connection: Connection, *, grace_seconds: float) -> Overdue:
     """Return the rounds in which something should have happened by now, but for so many seconds."""
     waiting = exists().where(parts.c.round_id == rounds.c.round_id, parts.c.state == PartState.WAITING.value)
     answered = (parts.c.round_id == rounds.c.round_id, parts.c.answered_at.is_not(None))
-    fresh = exists().where(*answered, ~_is_old(parts.c.answered_at, grace_seconds))
+    fresh = exists().where(*answered, ~is_old(parts.c.answered_at, grace_seconds))
     is_open = rounds.c.state == RoundState.OPEN.value
     is_held = and_(rounds.c.state == RoundState.AGGREGATING.value, rounds.c.lease_until >= utc_now())
 
@@ -41,7 +41,7 @@ def find_overdue(connection: Connection, *, grace_seconds: float) -> Overdue:
 
     held = connection.execute(select(rounds.c.round_id, rounds.c.lease_owner, rounds.c.lease_until).where(is_held))
     return Overdue(
-        unpublished=ids(is_open, rounds.c.published_at.is_(None), _is_old(rounds.c.created_at, grace_seconds)),
+        unpublished=ids(is_open, rounds.c.published_at.is_(None), is_old(rounds.c.created_at, grace_seconds)),
         unclaimed=ids(
             or_(
                 and_(is_open, ~waiting, ~fresh),
@@ -52,7 +52,7 @@ def find_overdue(connection: Connection, *, grace_seconds: float) -> Overdue:
     )
 
 
-def _is_old(moment: Column[datetime], seconds: float) -> ColumnElement[bool]:
+def is_old(moment: Column[datetime], seconds: float) -> ColumnElement[bool]:
     """Tell whether a moment is so long ago; one that lies ahead is, since the clock was set back after it."""
     now = utc_now()
     return or_(moment < now - timedelta(seconds=seconds), moment > now + timedelta(seconds=seconds))

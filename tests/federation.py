@@ -21,7 +21,7 @@ from celery import Celery
 from kombu import Connection
 
 from common.broker import make_coordinator_app
-from common.heartbeats import Heartbeat, write_heartbeat
+from common.heartbeats import Heartbeat, read_heartbeats, write_heartbeat
 from common.messages import (
     COORDINATOR,
     SITE_MESSAGES,
@@ -92,8 +92,11 @@ class ScriptedSite:
         return message
 
     def _receive(self, seconds: float) -> Message:
-        with Connection(self.services.settings.broker_url.get_secret_value()) as connection:
-            queue = connection.SimpleQueue(site_queue(self.name), serializer="msgpack")
+        own = site_queue(self.name)
+        keys = {f"{key}_key": f"{key}.{own}" for key in ("unacked", "unacked_index", "unacked_mutex")}
+        url = self.services.settings.broker_url.get_secret_value()
+        with Connection(url, transport_options=keys) as connection:  # keys of its own, as a real site has
+            queue = connection.SimpleQueue(own, serializer="msgpack")
             queue.consumer.accept = {"application/x-msgpack"}
             delivered = queue.get(timeout=seconds)
             delivered.ack()
@@ -230,6 +233,10 @@ class Federation:
         """Return the job once it is in one of the states."""
         wait_until(lambda: self.job(job_id).state in states, seconds=seconds, what=f"job to be {states}")
         return self.job(job_id)
+
+    def alive(self) -> set[str]:
+        """Return the sites whose heartbeat has not run out."""
+        return set(read_heartbeats(self.services.broker, sorted(self.sites)))
 
     def model(self, job_id: str) -> dict[str, np.ndarray]:
         """Return the tensors of the job's global model."""
