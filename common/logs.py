@@ -9,7 +9,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 _UNWANTED = frozenset({"data", "color_message"})  # Celery's copy of the sentence, and uvicorn's with escape sequences
 _NOISY = {  # loggers of others, and from which level on they are heard
     "celery.worker.strategy": logging.WARNING,
-    "celery.app.trace": logging.WARNING,
+    "celery.app.trace": logging.ERROR,  # a message that is put back comes with a traceback of some hundred lines
     "alembic": logging.WARNING,
     "celery.worker.consumer.consumer": logging.ERROR,  # common/consumer.py says once what it says every time
     "celery.backends.redis": logging.CRITICAL,  # each attempt; whoever asked says that the broker is away

@@ -67,7 +67,7 @@ class _Part(Message):
     round: int = Field(ge=0)  # 0 before the first training round
     task_id: str = _IDENTIFIER  # names the part: one site's share of one round
     attempt: int = Field(1, ge=1)  # a higher one replaces a lower one
-    deadline_at: FiniteFloat  # unix time, seconds
+    deadline_at: FiniteFloat  # unix time, seconds, by the broker's clock
     trainer: str  # a name on the site's own list
     config: dict[str, JsonValue] = {}  # the trainer's
     seed: int = 0  # of the job

@@ -77,7 +77,7 @@ class Settings(BaseSettings):
         description="How often deadlines are checked and interrupted steps taken up again, in seconds.",
     )
     lease_seconds: float = Field(
-        4.0, gt=0, description="How long an aggregation may go without a sign of life, in seconds."
+        3.0, gt=0, description="How long an aggregation may go without a sign of life, in seconds."
     )
     ask_again_seconds: float = Field(
         5.0,

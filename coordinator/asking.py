@@ -18,6 +18,7 @@ from coordinator.services import Services
 
 logger = logging.getLogger(__name__)
 
+_FIRST_SECONDS = 1.0  # after its start a process asks sooner: its predecessor may have taken an answer along
 LONGEST_PATIENCE_SECONDS = 600.0  # a site that is asked in vain is asked again ever more rarely, down to this
 
 
@@ -26,12 +27,15 @@ class Asking:
 
     def __init__(self) -> None:
         self._next: dict[str, tuple[float, float]] = {}  # by task id: when (monotonic), and the pause after that
+        self._is_first = True
 
     def ask_again(self, services: Services, owing: Sequence[Part], heartbeats: Mapping[str, Heartbeat]) -> None:
         """Send the message again of each part that seems to be lost, and not sooner than it may have arrived."""
         patience = services.settings.ask_again_seconds
         now = time.monotonic()
-        self._next = {part.task_id: self._next.get(part.task_id, (now + patience, patience)) for part in owing}
+        first = now + (min(_FIRST_SECONDS, patience) if self._is_first else patience)
+        self._is_first = False
+        self._next = {part.task_id: self._next.get(part.task_id, (first, patience)) for part in owing}
         for part in owing:
             at, pause = self._next[part.task_id]
             heartbeat = heartbeats.get(part.site)

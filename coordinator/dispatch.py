@@ -155,13 +155,23 @@ def _signatures(
         job = get_job(connection, round_.job_id)
         parts = find_parts(connection, round_id)
         model = get_model(connection, round_.input_model_id) if round_.input_model_id is not None else None
-    seconds = _reference_seconds(job, round_)
+    seconds_left = _seconds_left(job, round_)
+    seconds = int(seconds_left) + _SLACK_SECONDS
+    deadline_at = _broker_time(services) + seconds_left
     reference = _reference(services, model, seconds) if model is not None else None
     num_shards = _count_shards(services, model) if model is not None and round_.kind is RoundKind.TRAIN else 0
     builds = builder(round_, parts)
     return round_, {
         part.site: _part_signature(
-            services, job, round_, part, reference, seconds, builds=part.site == builds, num_shards=num_shards
+            services,
+            job,
+            round_,
+            part,
+            reference,
+            seconds,
+            deadline_at=deadline_at,
+            builds=part.site == builds,
+            num_shards=num_shards,
         )
         for part in parts
         if only is None or part.site == only
@@ -181,6 +191,7 @@ def _part_signature(
     model: ModelReference | None,
     seconds: int,
     *,
+    deadline_at: float,
     builds: bool,
     num_shards: int,
 ) -> Signature[Any]:
@@ -190,7 +201,7 @@ def _part_signature(
         "round": round_.number,
         "task_id": part.task_id,
         "attempt": part.attempt,
-        "deadline_at": gives_up_at(job, round_).timestamp(),
+        "deadline_at": deadline_at,
         "trainer": job.spec.trainer,
         "config": {**job.spec.config, **job.spec.strategy.make().trainer_config()},
         "seed": job.spec.seed,
@@ -275,6 +286,18 @@ def _final_model(services: Services, job: Job) -> ModelReference | None:
         return None
 
 
-def _reference_seconds(job: Job, round_: Round) -> int:
-    """Return how long a round's references are needed; `submit` refuses a job for which `reference_seconds` is less."""
-    return int(max((gives_up_at(job, round_) - utc_now()).total_seconds(), 0)) + _SLACK_SECONDS
+def _seconds_left(job: Job, round_: Round) -> float:
+    """Return how long an answer to the round may still count, in seconds; `submit` bounds it by `reference_seconds`.
+
+    Who is asked is waited for, so if there should be nothing left, or more than ever, the clock was set meanwhile.
+    """
+    left = (gives_up_at(job, round_) - utc_now()).total_seconds()
+    longest = (gives_up_at(job, round_) - round_.created_at).total_seconds()
+    return left if 0 < left <= longest else longest
+
+
+def _broker_time(services: Services) -> float:
+    """Return the broker's unix time, in seconds: the one clock that the coordinator and every site can read."""
+    with _sending("A deadline by the broker's clock"):
+        seconds, microseconds = services.broker.time()
+    return float(seconds) + float(microseconds) / 1e6

@@ -18,14 +18,23 @@ class SteadyClock:
     def __init__(self) -> None:
         self._ends: dict[Hashable, tuple[datetime, float]] = {}  # the time of day, and of time.monotonic
         self._since: dict[Hashable, float] = {}  # time.monotonic
+        self._turns = 0
         self._asked: set[Hashable] = set()  # since the last turn
 
-    def has_passed(self, name: Hashable, at: datetime) -> bool:
-        """Return whether the time has come, as it was when the name was first seen with it."""
+    def has_passed(self, name: Hashable, at: datetime, *, begun: datetime) -> bool:
+        """Return whether the time has come of what has begun then.
+
+        What is new since the last turn has begun since then, whatever the wall clock says; only what was there before
+        this process was is told by it.
+        """
         self._asked.add(name)
         known = self._ends.get(name)
-        if known is None or known[0] != at:
-            known = self._ends[name] = (at, time.monotonic() + (at - utc_now()).total_seconds())
+        if known is None:
+            length = (at - begun).total_seconds()
+            left = length if self._turns else min((at - utc_now()).total_seconds(), length)
+            known = self._ends[name] = (at, time.monotonic() + left)
+        elif known[0] != at:
+            known = self._ends[name] = (at, known[1] + (at - known[0]).total_seconds())
         return time.monotonic() >= known[1]
 
     def seconds(self, name: Hashable) -> float:
@@ -41,6 +50,7 @@ class SteadyClock:
 
     def turn(self) -> None:
         """Forget what nobody has asked for since the last turn."""
+        self._turns += 1
         self._ends = {name: end for name, end in self._ends.items() if name in self._asked}
         self._since = {name: since for name, since in self._since.items() if name in self._asked}
         self._asked.clear()

@@ -36,7 +36,7 @@ class Memory:
     def __init__(self) -> None:
         self.clock = SteadyClock()
         self.asking = Asking()
-        self.taken_up: set[str] = set()  # rounds that the log has told of
+        self.told: set[str] = set()  # overdue rounds that the log has told of
 
 
 def sweep(services: Services, memory: Memory, *, grace_seconds: float) -> int:
@@ -51,9 +51,9 @@ def sweep(services: Services, memory: Memory, *, grace_seconds: float) -> int:
     steps += [partial(_end_lease, services, memory, held) for held in overdue.held]
     steps += [partial(_take_up, services, memory, round_id) for round_id in overdue.unclaimed]
     steps += [partial(start_job, services, job.job_id) for job in submitted]
-    steps += [partial(_send_again, services, round_id) for round_id in overdue.unpublished]
+    steps += [partial(_send_again, services, memory, round_id) for round_id in overdue.unpublished]
     steps.append(partial(send_notices, services, grace_seconds=grace_seconds))
-    memory.taken_up &= set(overdue.unclaimed)
+    memory.told &= {*overdue.unclaimed, *overdue.unpublished}
     _run_all(steps)
     memory.clock.turn()
     return len(submitted) + len(overdue.unpublished) + len(overdue.unclaimed)
@@ -94,14 +94,16 @@ def _end_lease(services: Services, memory: Memory, held: Held) -> None:
             end_lease(connection, held.round_id, held.owner, held.until)
 
 
-def _send_again(services: Services, round_id: str) -> None:
-    logger.warning("Round %s may not have been sent; sending it.", round_id, extra={"action": "resend_round"})
+def _send_again(services: Services, memory: Memory, round_id: str) -> None:
+    if round_id not in memory.told:  # once, also when that does not help because a service is away
+        memory.told.add(round_id)
+        logger.warning("Round %s may not have been sent; sending it.", round_id, extra={"action": "resend_round"})
     publish_round(services, round_id)
 
 
 def _take_up(services: Services, memory: Memory, round_id: str) -> None:
-    if round_id not in memory.taken_up:  # once, also when that does not help because a service is away
-        memory.taken_up.add(round_id)
+    if round_id not in memory.told:
+        memory.told.add(round_id)
         logger.warning("Round %s has every answer; taking it up.", round_id, extra={"action": "take_up_round"})
     call_back(services, round_id)
 

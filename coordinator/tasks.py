@@ -51,7 +51,7 @@ def start_job(services: Services, job_id: object) -> None:
 def _register(task_name: CoordinatorTask, step: Callable[..., None]) -> None:
     signature = inspect.signature(step)
 
-    @shared_task(name=task_name.value, bind=True)
+    @shared_task(name=task_name.value, bind=True, max_retries=None)
     def take(task: "Task[Any, Any]", /, *arguments: object, **named: object) -> None:
         services = services_of(task.app)
         content = content_of(task_name.value, [arguments, named])
@@ -81,7 +81,7 @@ def _wait(task: "Task[Any, Any]", error: Unavailable) -> None:
     _outages.wait(str(task.request.id), error)
     seconds = min(_LONGEST_WAIT_SECONDS, 2.0 ** min(task.request.retries, 10))
     try:
-        task.retry(exc=error, countdown=seconds, max_retries=None)
+        task.retry(exc=error, countdown=seconds)
     except Reject as refused:  # the broker is away as well: it keeps the message, and hands it out again
         raise Reject(str(error), requeue=True) from refused
 

@@ -67,7 +67,7 @@ def end_waiting(
     if not waiting:
         return
     _let_surplus_go(services, each)
-    if clock.has_passed(each.round.round_id, each.round.deadline_at):
+    if clock.has_passed(each.round.round_id, each.round.deadline_at, begun=each.round.created_at):
         _expire(services, each, waiting)
     elif heartbeats is not None:
         _let_absent_go(services, each, waiting, heartbeats, clock)
@@ -162,7 +162,8 @@ def _let_surplus_go(services: Services, each: Waiting) -> None:
 def _end_late(services: Services, each: Waiting, clock: SteadyClock) -> None:
     """Drop late answers that have not come in time."""
     late = [part for part in each.owing if part.state is PartState.LATE]
-    if not late or not clock.has_passed(("late", each.round.round_id), gives_up_at(each.job, each.round)):
+    begun = each.round.closed_at or each.round.created_at
+    if not late or not clock.has_passed(("late", each.round.round_id), gives_up_at(each.job, each.round), begun=begun):
         return
     with writing(services.engine) as connection:
         dropped = leave_parts(connection, late, PartState.DROPPED, "no answer in time for a later round either")

@@ -62,7 +62,7 @@ INITIAL_MODEL = {
 }
 MESSAGE = {
     "config": "The job file's [config], with what the strategy adds.",
-    "deadline_at": "When the answer is due, as unix time in seconds.",
+    "deadline_at": "When the answer is due, as unix time in seconds by the broker's clock.",
     "digest": "BLAKE3, hexadecimal; a model's is that of its index.",
     "failed": "Whether the site tried and could not, rather than refused.",
     "metrics": "Measured values by name; nothing where a value was not a finite number.",

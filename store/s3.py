@@ -302,23 +302,39 @@ class S3Store:
             return False
 
     def _download(self, key: str, path: Path, blob: Blob) -> tuple[str, str]:
-        """Download an object that should be the blob; return what it is if it is not, and its ETag."""
-        response = self._client.get_object(self._bucket, key)
-        try:
-            length = int(response.headers.get("Content-Length", blob.size))
-            if length != blob.size:
-                return f"{length} bytes", ""
-            hasher = new_hasher()
-            with path.open("xb", buffering=0) as file:
-                for block in response.stream(BLOCK_BYTES):
-                    hasher.update(block)
-                    write_all(file, block)
-            if (digest := hasher.hexdigest()) != blob.digest:
-                return f"bytes with the digest {digest}", ""
-            return "", response.headers.get("ETag", "").strip('"')
-        finally:
-            response.close()
-            response.release_conn()
+        """Download an object that should be the blob; return what it is if it is not, and its ETag.
+
+        Where it is cut it goes on, as long as each try brings something.
+        """
+        hasher, size, etag = new_hasher(), 0, ""
+        with path.open("xb", buffering=0) as file:
+            while True:
+                before = size
+                try:
+                    response = self._client.get_object(self._bucket, key, offset=size)
+                    try:
+                        length = size + int(response.headers.get("Content-Length", blob.size - size))
+                        if length != blob.size:
+                            return f"{length} bytes", ""
+                        found = response.headers.get("ETag", "").strip('"')
+                        if size and found != etag:
+                            return "bytes that changed while they came", ""
+                        etag = found
+                        for block in response.stream(BLOCK_BYTES):
+                            hasher.update(block)
+                            write_all(file, block)
+                            size += len(block)
+                    finally:
+                        response.close()
+                        response.release_conn()
+                    break
+                except HTTPError as error:
+                    if size == before:
+                        raise
+                    logger.debug("Going on with %s after %s bytes: %s", key, size, error, extra={"action": "go_on"})
+        if (digest := hasher.hexdigest()) != blob.digest:
+            return f"bytes with the digest {digest}", ""
+        return "", etag
 
     @contextmanager
     def _new_file(self) -> Iterator[Path]:

@@ -22,14 +22,14 @@ class Progress:
         why_stop: Callable[[], str],  # says why the part is not wanted any more; empty if it is
         tell: Callable[[float, str], None],  # tells the coordinator
         tell_seconds: float,  # how often at most
-        deadline_at: float,  # unix time, seconds
+        seconds_left: float,  # until the deadline; from here on a clock that is set changes nothing
         label: str,  # names the part in the log
     ) -> None:
         now = time.monotonic()
         self._why_stop = why_stop
         self._tell = tell
         self._tell_seconds = tell_seconds
-        self._ends_at = now + (deadline_at - time.time())  # from here on a clock that is set changes nothing
+        self._ends_at = now + seconds_left
         self._label = label
         self._check_at = 0.0  # of time.monotonic, as those below
         self._tell_at = now + tell_seconds  # a short part has nothing to tell

@@ -39,6 +39,11 @@ class Reports:
         self._quiet_until = 0.0  # of time.monotonic
         self._told: set[str] = set()  # the parts with a report in the broker, by task id
 
+    def now(self) -> float:
+        """Return the unix time in seconds, by the broker's clock if it answers: by that deadlines are told."""
+        told = self._try(lambda client: client.time())
+        return time.time() if told is None else float(told[0]) + float(told[1]) / 1e6
+
     def why_stop(self, job_id: str, task_id: str) -> str:
         """Return why the coordinator wants nothing more for the part; empty if it does, or cannot be asked."""
         job_key, part_key = cancel_key(self._site, job_id), cancel_key(self._site, task_id)

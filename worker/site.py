@@ -206,7 +206,7 @@ class Site:
             why_stop=lambda: self._reports.why_stop(part.job_id, part.task_id),
             tell=lambda fraction, text: self._reports.tell(part.task_id, fraction, text),
             tell_seconds=self._tell_seconds,
-            deadline_at=part.deadline_at,
+            seconds_left=part.deadline_at - self._reports.now(),
             label=f"Round {part.round} of {part.job_name or part.job_id}",
         )
         progress.check()

@@ -68,7 +68,7 @@ class Clock(SteadyClock):
         super().__init__()
         self._passed = passed
 
-    def has_passed(self, name: Any, at: Any) -> bool:
+    def has_passed(self, name: Any, at: Any, *, begun: Any) -> bool:
         return self._passed
 
     def seconds(self, name: Any) -> float:

@@ -48,10 +48,23 @@ def progress(*, deadline_in: float = 60.0, reasons: list[str] | None = None, **c
         "why_stop": lambda: next(answers, ""),
         "tell": lambda fraction, text: None,
         "tell_seconds": 60.0,
-        "deadline_at": time.time() + deadline_in,
+        "seconds_left": deadline_in,
         "label": "part",
     }
     return Progress(**values | changes)
+
+
+# --- the deadline -----------------------------------------------------------------------------------------------------
+
+
+def test_the_time_is_the_brokers_if_it_answers_and_else_this_machines(
+    server: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)  # a site whose clock is an hour ahead
+    assert abs(reports(server.url).now() - real()) < 5
+    (port,) = free_ports(1)
+    assert abs(reports(f"redis://127.0.0.1:{port}/0").now() - real() - 3600) < 5
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------

@@ -122,6 +122,9 @@ class ScriptedReports:
     told: list[tuple[str, float, str]] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
 
+    def now(self) -> float:
+        return time.time()
+
     def why_stop(self, job_id: str, task_id: str) -> str:
         return self.reasons.get(job_id) or self.reasons.get(task_id, "")
 

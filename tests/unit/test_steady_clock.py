@@ -31,21 +31,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.mark.parametrize("jump", [0, 3600, -3600])
 def test_a_deadline_passes_when_its_time_has_gone_by_however_the_clock_is_set(clock: Clock, jump: float) -> None:
     seen, deadline = SteadyClock(), NOON + timedelta(seconds=60)
-    assert not seen.has_passed("round", deadline)
+    assert not seen.has_passed("round", deadline, begun=NOON)
     clock.pass_(30, jump=jump)
-    assert not seen.has_passed("round", deadline)
+    assert not seen.has_passed("round", deadline, begun=NOON)
     clock.pass_(29)
-    assert not seen.has_passed("round", deadline)
+    assert not seen.has_passed("round", deadline, begun=NOON)
     clock.pass_(1)
-    assert seen.has_passed("round", deadline)
+    assert seen.has_passed("round", deadline, begun=NOON)
 
 
 def test_a_deadline_that_was_moved_counts_anew(clock: Clock) -> None:
     seen = SteadyClock()
-    assert seen.has_passed("round", NOON)
-    assert not seen.has_passed("round", NOON + timedelta(seconds=10))
+    assert seen.has_passed("round", NOON, begun=NOON)
+    assert not seen.has_passed("round", NOON + timedelta(seconds=10), begun=NOON)
     clock.pass_(10)
-    assert seen.has_passed("round", NOON + timedelta(seconds=10))
+    assert seen.has_passed("round", NOON + timedelta(seconds=10), begun=NOON)
 
 
 def test_seconds_count_from_the_first_time_until_it_is_forgotten(clock: Clock) -> None:
@@ -65,3 +65,30 @@ def test_what_nobody_asks_for_any_more_is_forgotten(clock: Clock) -> None:
     assert seen.seconds("stays") == 5
     seen.turn()
     assert (seen.seconds("stays"), seen.seconds("goes")) == (5, 0)
+
+
+@pytest.mark.parametrize("jump", [0, 3600, -3600])
+def test_what_is_new_since_the_last_turn_has_begun_since_then(clock: Clock, jump: float) -> None:
+    seen = SteadyClock()
+    seen.turn()
+    clock.pass_(1, jump=jump)  # the clock is set between the plan of the round and the first look at it
+    deadline = NOON + timedelta(seconds=60)
+    assert not seen.has_passed("round", deadline, begun=NOON)
+    clock.pass_(59)
+    assert not seen.has_passed("round", deadline, begun=NOON)
+    clock.pass_(1)
+    assert seen.has_passed("round", deadline, begun=NOON)
+
+
+def test_what_was_there_before_the_process_is_told_by_the_wall_clock(clock: Clock) -> None:
+    deadline = NOON + timedelta(seconds=60)
+    clock.pass_(30)
+    seen = SteadyClock()
+    assert not seen.has_passed("round", deadline, begun=NOON)
+    clock.pass_(30)
+    assert seen.has_passed("round", deadline, begun=NOON)
+    clock.pass_(0, jump=-7200)  # but never longer than it was to last
+    later = SteadyClock()
+    assert not later.has_passed("round", deadline, begun=NOON)
+    clock.pass_(60)
+    assert later.has_passed("round", deadline, begun=NOON)
