@@ -34,6 +34,7 @@ class Outages:
 
     def __init__(self) -> None:
         self._away: set[str] = set()
+        self._number = 0  # of the outage, so that the log has a line for each
         self._lock = threading.Lock()
 
     def begin(self, host: str, reason: object) -> None:
@@ -41,10 +42,10 @@ class Outages:
         with self._lock:
             known = host in self._away
             self._away.add(host)
+            self._number += not known
         if not known:
-            logger.warning(
-                "The object store at %s is away (%s); trying on.", host, reason, extra={"action": "store_away"}
-            )
+            extra = {"action": "store_away", "outage": self._number}
+            logger.warning("The object store at %s is away (%s); trying on.", host, reason, extra=extra)
 
     def end(self, host: str) -> None:
         """Say that the host is back, if it was away."""

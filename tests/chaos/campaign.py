@@ -263,6 +263,7 @@ FAULTS: tuple[Callable[[Campaign], Iterator[str]], ...] = (
 
 def run(folder: Path, *, minutes: float, seed: int, services: bool, table: Table, say: Callable[[str], None]) -> None:
     """Run a campaign; raise AssertionError, with what was done, as soon as something is not as it must be."""
+    before = set(psutil.Process().children(recursive=True))  # other tests' servers
     with ExitStack() as stack:
         here = stack.enter_context(stage(folder, *SITES, coordinators=2, services=services, seed=seed))
         campaign = Campaign(here=here, chance=random.Random(seed))
@@ -277,7 +278,8 @@ def run(folder: Path, *, minutes: float, seed: int, services: bool, table: Table
             f"seed {seed}: {sum(campaign.faults.values())} faults of {len(campaign.faults)} kinds, "
             f"{len(campaign.jobs)} jobs, every one with the plain loop's model."
         )
-    left = [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
+    left = [each for each in psutil.Process().children(recursive=True) if each not in before and each.is_running()]
+    left = [each for each in left if each.status() != psutil.STATUS_ZOMBIE]
     assert left == [], "processes are left"
 
 

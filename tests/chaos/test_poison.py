@@ -217,7 +217,7 @@ def test_a_worker_starts_whatever_lies_where_it_keeps_what_is_not_acknowledged(t
             worker = Worker(made=made, process=process)
             assert worker.takes_messages()
             assert len(worker.reasons()) == len(entries)
-            assert broker.zcard(f"unacked_index.{QUEUE}") == 0
+            wait_until(lambda: broker.zcard(f"unacked_index.{QUEUE}") == 0, what="the last message to be acknowledged")
             assert broker.llen("site.alpha") == 0
 
 

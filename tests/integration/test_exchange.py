@@ -455,7 +455,7 @@ def test_killing_the_upstream_in_a_feedback_leaves_nothing_and_it_can_be_repeate
 
 def test_killing_the_edge_in_a_feedback_leaves_nothing_and_it_can_be_repeated(start: Callable[..., Level]) -> None:
     above, edge = start("above"), start("edge")
-    data = os.urandom(8 * BLOCK_BYTES)
+    data = os.urandom(32 * BLOCK_BYTES)  # more than lies in the sockets on the way
     with HoldingLine(above.server.port, 4 * BLOCK_BYTES) as line:
         edge.feeds(line.url)
         model = edge.put(data)

@@ -428,7 +428,7 @@ def _kill(*_args: object, **_options: object) -> None:
     raise Killed
 
 
-@pytest.mark.parametrize("point", ["_make_model", "close_round", "set_aside", "add_model", "change_job", "plan_next"])
+@pytest.mark.parametrize("point", ["make_model", "close_round", "set_aside", "add_model", "change_job", "plan_next"])
 def test_a_crash_while_a_round_with_an_outlier_is_settled_changes_nothing(
     made: Federation, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:

