@@ -66,7 +66,11 @@ class Settings(BaseSettings):
         description="The longest round deadline that a job may have, in seconds: so long its references can be used.",
     )
     shard_megabytes: int = Field(
-        256, ge=1, le=4096, description="A model is stored in shards of at most this size, in MiB."
+        256,
+        ge=1,
+        le=4096,
+        description="A model is stored in shards of at most this size, in MiB. An upload that is cut begins its shard "
+        "anew, so where links are bad take less, 16 perhaps.",
     )
     initial_shards: int = Field(
         16, ge=1, le=1024, description="How many shards a site may send when it builds a job's first model."
