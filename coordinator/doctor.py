@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.settings import Settings
 from coordinator.checks.broker import check_broker, check_queues
+from coordinator.checks.choosers import check_choosers
 from coordinator.checks.clocks import check_clocks
 from coordinator.checks.database import check_database
 from coordinator.checks.embedded import check_stack
@@ -26,6 +27,7 @@ def examine(
         "versions": partial(check_versions, settings),
         "signing key": partial(check_key, settings),
         "disks": partial(check_disks, settings),
+        "choosers": partial(check_choosers, settings),
         "database": partial(check_database, settings),
         "object store": partial(check_object_store, settings),
         "broker": partial(check_broker, settings),

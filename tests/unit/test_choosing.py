@@ -6,7 +6,10 @@ from collections.abc import Sequence
 import pytest
 
 from common.errors import InvalidSettings
+from common.settings import Settings
 from coordinator import choosing
+from coordinator.checks.choosers import check_choosers
+from coordinator.checks.finding import Outcome
 from coordinator.choosing import Candidate, candidates, choose
 from coordinator.jobfile import JobSpec
 from coordinator.jobs import Job, new_job
@@ -128,3 +131,11 @@ def test_what_a_function_of_the_operators_must_not_do(
     monkeypatch.setattr(choosing, "_CHOOSER_SECONDS", 0.05)
     with pytest.raises(InvalidSettings, match=trouble):
         choose(job(participation={"choose": "mine", "target_sites": 1}), 1, found(), {"mine": where})
+
+
+def test_the_doctor_tells_a_function_that_cannot_be_loaded_before_a_job_does() -> None:
+    settings = Settings(choosers={"good": f"{__name__}:none", "wrong": "no_such_module:f"})
+    good, wrong = check_choosers(settings)
+    assert (good.check, good.outcome) == ("chooser good", Outcome.OK)
+    assert (wrong.check, wrong.outcome) == ("chooser wrong", Outcome.FAULT)
+    assert "correct FEDCHORD_CHOOSERS" in wrong.sentence
