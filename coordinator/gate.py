@@ -51,6 +51,12 @@ class Checked:
 
 def receive_answer(services: Services, data: object) -> None:
     """Take a site's answer; what cannot be believed is logged and changes nothing."""
+    while not _receive(services, data):
+        logger.debug("A part changed while its answer was taken; looking again.", extra={"action": "look_again"})
+
+
+def _receive(services: Services, data: object) -> bool:
+    """Take the answer by what is recorded now; return False if that has changed meanwhile, which it does seldom."""
     try:
         envelope = Envelope.read(data)
         with reading(services.engine) as connection:
@@ -62,30 +68,33 @@ def receive_answer(services: Services, data: object) -> None:
             raise InvalidMessage(f"{message.kind} is not an answer.")
     except (InvalidInput, NotFound) as error:  # InvalidInput: also a task id that the database cannot hold
         logger.warning("An answer is set aside: %s", error, extra={"action": "refuse_answer"})
-        return
-    _take(services, asked.job, asked.round, asked.part, message)
+        return True
+    return _take(services, asked.job, asked.round, asked.part, message)
 
 
-def _take(services: Services, job: Job, round_: Round, part: Part, message: UpdateReady | PartDeclined) -> None:
+def _take(services: Services, job: Job, round_: Round, part: Part, message: UpdateReady | PartDeclined) -> bool:
+    """Take the answer to the part; return False if the part is not any more what the caller knows."""
     fields = {"job": job.job_id, "round": round_.round_id, "site": part.site}
     if not _is_welcome(job, round_, part, message.attempt):
         logger.info("An answer came again or too late.", extra={"action": "late_answer", **fields})
         if round_.state is RoundState.OPEN and part.state is not PartState.WAITING:
             complete_part(services, round_.round_id, part)  # a crash may have kept the first one from doing so
-        return
+        return True
     part = replace(part, attempt=message.attempt)  # whose slots hold the update
     if isinstance(message, PartDeclined):
         state = PartState.FAILED if message.failed else PartState.DECLINED
-        counted = part.state is not PartState.DROPPED and _record(
-            services, job, round_, part, state, {"reason": message.reason}
-        )
-        logger.warning(
-            "Site %s %s %s: %s", part.site, state, round_.title, message.reason, extra={"action": state, **fields}
-        )
+        if part.state is PartState.DROPPED:  # nobody waits for it
+            return True
+        counted = _record(services, job, round_, part, state, {"reason": message.reason})
+        if counted:
+            logger.warning(
+                "Site %s %s %s: %s", part.site, state, round_.title, message.reason, extra={"action": state, **fields}
+            )
     else:
         counted = _take_result(services, job, round_, part, message)
     if counted and part.state is PartState.WAITING:
         complete_part(services, round_.round_id, part)
+    return counted
 
 
 def _is_welcome(job: Job, round_: Round, part: Part, attempt: int) -> bool:

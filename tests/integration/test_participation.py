@@ -7,9 +7,19 @@ import numpy as np
 import pytest
 
 from common.errors import Conflict, InvalidJobFile, NotFound
-from common.messages import ClientRemoved, Message, TrainingFinished, TrainingStart, UpdateRoundStart
+from common.messages import (
+    COORDINATOR,
+    ClientRemoved,
+    Envelope,
+    Message,
+    TrainingFinished,
+    TrainingStart,
+    UpdateReady,
+    UpdateRoundStart,
+)
 from common.progress import ProgressReport, write_progress
 from common.queues import cancel_key, heartbeat_key
+from coordinator import gate
 from coordinator.jobs import JobState
 from coordinator.members import find_members
 from coordinator.membership import join, leave
@@ -182,6 +192,36 @@ def test_a_late_update_counts_in_the_next_round_by_its_discount(running: Federat
     assert running.model(job_id)["w"].tolist() == [8, 8, 8]  # 4 + 8 / 2
     assert parts(running, job_id, 1)["beta"].counted_in == f"{job_id}.train.2"
     give(alpha, second, 100)  # nobody waits for it
+
+
+def test_an_update_that_comes_just_as_its_round_gets_full_counts_in_the_next_one(
+    running: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, sites = begin(
+        running, "alpha", "beta", rounds=2, participation={"target_sites": 1}, late={"policy": "keep"}
+    )
+    alpha, beta = sites["alpha"], sites["beta"]
+    late, message = ask(beta), ask(alpha)
+    check = gate._receive_update
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(gate, "_receive_update", check)
+        give(alpha, message, 4)
+        wait_closed(running, job_id, 1)
+        return check(*arguments)
+
+    monkeypatch.setattr(gate, "_receive_update", meanwhile)
+    answer = UpdateReady(
+        job_id=job_id,
+        round=late.round,
+        task_id=late.task_id,
+        num_examples=1,
+        shards=beta.upload(late, {"w": np.full(3, 8, np.float32)}),
+    )
+    sealed = Envelope.seal(answer, sender="beta", recipient=COORDINATOR, key=beta.key)
+    gate.receive_answer(running.services, sealed)
+    running.wait(job_id, "completed")
+    assert parts(running, job_id, 1)["beta"].counted_in == f"{job_id}.train.2"
 
 
 def test_asynchronous_training_fills_a_buffer_with_whatever_comes(running: Federation) -> None:
