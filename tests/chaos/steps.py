@@ -70,6 +70,8 @@ def _hit(made: Federation, program: Program, target: Target, submit: Callable[[]
         done.missed.append(target)
         return
     done.hit.append(target)
+    for key in made.services.broker.scan_iter("begun.*"):  # it was the test that has ended the process, not the message
+        made.services.broker.delete(key)
     if target.whole:
         assert program.process is not None
         program.process.wait()
