@@ -29,7 +29,7 @@ test-fast: install ## Run the tests that need no server, in seconds
 
 chaos: install ## Break everything on purpose, and write what came of it into docs/reliability.md; about half an hour
 	rm -rf build/chaos
-	$(BIN)/python -m pytest tests/chaos --chaos full --chaos-table build/chaos --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/chaos --chaos full --chaos-table build/chaos --numprocesses 3 --dist loadfile
 	$(BIN)/python -m tests.chaos.campaign --minutes 5 --table build/chaos
 	$(BIN)/python -m tests.chaos.campaign --minutes 5 --services --table build/chaos
 	$(BIN)/python -m tests.chaos.table build/chaos
