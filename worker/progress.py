@@ -40,19 +40,28 @@ class Progress:
         """Return how long it is until the deadline, in seconds."""
         return self._ends_at - time.monotonic()
 
-    def check(self) -> None:
-        """Raise Cancelled when the deadline has passed or the part is not wanted any more."""
+    def begin(self, reason: str) -> None:
+        """Raise Cancelled if the deadline has passed, or for the reason that the coordinator has just given, if any."""
         if (left := self.seconds_left) < 0:
             raise Cancelled(f"The deadline passed {-left:.1f} s ago.")
-        if reason := self._why_stop():
+        if reason:
             raise Cancelled(reason)
         self._check_at = time.monotonic() + _CHECK_SECONDS
 
-    def __call__(self, fraction: float, text: str) -> None:
-        """Take note of the progress; raise Cancelled when the part is not wanted any more."""
+    def check(self) -> None:
+        """Raise Cancelled when the deadline has passed or the part is not wanted any more."""
+        self.begin("" if self.seconds_left < 0 else self._why_stop())
+
+    def look(self) -> None:
+        """Check, unless that was done less than a second ago and the deadline is not over."""
         now = time.monotonic()
         if now >= self._check_at or now > self._ends_at:
             self.check()
+
+    def __call__(self, fraction: float, text: str) -> None:
+        """Take note of the progress; raise Cancelled when the part is not wanted any more."""
+        self.look()
+        now = time.monotonic()
         if now >= self._tell_at:
             self._tell_at = now + self._tell_seconds
             self._tell(fraction, text)

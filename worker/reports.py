@@ -39,10 +39,24 @@ class Reports:
         self._quiet_until = 0.0  # of time.monotonic
         self._told: set[str] = set()  # the parts with a report in the broker, by task id
 
-    def now(self) -> float:
-        """Return the unix time in seconds, by the broker's clock if it answers: by that deadlines are told."""
-        told = self._try(lambda client: client.time())
-        return time.time() if told is None else float(told[0]) + float(told[1]) / 1e6
+    def begin(self, job_id: str, task_id: str) -> tuple[float, str]:
+        """Return the unix time in seconds, by the broker's clock if it answers, and why to stop, as `why_stop` does.
+
+        By that clock deadlines are told. Both are asked in one go, for a part may take less than a few questions.
+        """
+
+        def ask(client: Redis) -> tuple[tuple[int, int], int]:
+            with client.pipeline(transaction=False) as pipeline:
+                pipeline.time()
+                pipeline.exists(cancel_key(self._site, job_id), cancel_key(self._site, task_id))
+                told, cancelled = pipeline.execute()
+            return told, cancelled
+
+        answer = self._try(ask)
+        if answer is None:
+            return time.time(), ""
+        (seconds, microseconds), cancelled = answer
+        return seconds + microseconds / 1e6, self.why_stop(job_id, task_id) if cancelled else ""
 
     def why_stop(self, job_id: str, task_id: str) -> str:
         """Return why the coordinator wants nothing more for the part; empty if it does, or cannot be asked."""

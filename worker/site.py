@@ -202,14 +202,15 @@ class Site:
     def _do(self, part: Part, lease: Lease) -> UpdateReady:
         """Train, build or test, and send what came of it; raise Declined or another error that says why not."""
         begun = time.monotonic()
+        now, reason = self._reports.begin(part.job_id, part.task_id)
         progress = Progress(
             why_stop=lambda: self._reports.why_stop(part.job_id, part.task_id),
             tell=lambda fraction, text: self._reports.tell(part.task_id, fraction, text),
             tell_seconds=self._tell_seconds,
-            seconds_left=part.deadline_at - self._reports.now(),
+            seconds_left=part.deadline_at - now,
             label=f"Round {part.round} of {part.job_name or part.job_id}",
         )
-        progress.check()
+        progress.begin(reason)
         answer = self._find_outgoing(part)
         seconds_before = answer.seconds if answer else 0.0  # in the process that trained
         if answer is None:
@@ -248,7 +249,7 @@ class Site:
                 work = trainer.fit if isinstance(part, UpdateRoundStart) else trainer.moments
                 fit: Fit = work(self._fetch(part, part.model, progress), step())
                 tensors, num_examples, metrics = fit.tensors, fit.num_examples, dict(fit.metrics)
-        progress.check()
+        progress.look()
         answer = UpdateReady(
             job_id=part.job_id,
             job_name=part.job_name,

@@ -62,9 +62,19 @@ def test_the_time_is_the_brokers_if_it_answers_and_else_this_machines(
 ) -> None:
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 3600)  # a site whose clock is an hour ahead
-    assert abs(reports(server.url).now() - real()) < 5
+    now, reason = reports(server.url).begin("job", "task")
+    assert abs(now - real()) < 5
+    assert reason == ""
     (port,) = free_ports(1)
-    assert abs(reports(f"redis://127.0.0.1:{port}/0").now() - real() - 3600) < 5
+    now, reason = reports(f"redis://127.0.0.1:{port}/0").begin("job", "task")
+    assert abs(now - real() - 3600) < 5
+    assert reason == ""
+
+
+def test_why_to_stop_is_told_at_the_beginning(server: ValkeyServer, broker: Redis) -> None:
+    broker.set(cancel_key("alpha", "task"), "enough")
+    assert reports(server.url).begin("job", "task")[1] == "The part is not wanted any more."
+    assert reports(server.url).begin("job", "other")[1] == ""
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------

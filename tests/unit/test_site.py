@@ -122,8 +122,8 @@ class ScriptedReports:
     told: list[tuple[str, float, str]] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
 
-    def now(self) -> float:
-        return time.time()
+    def begin(self, job_id: str, task_id: str) -> tuple[float, str]:
+        return time.time(), self.why_stop(job_id, task_id)
 
     def why_stop(self, job_id: str, task_id: str) -> str:
         return self.reasons.get(job_id) or self.reasons.get(task_id, "")
