@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, and_, bindparam, case, exists, or_, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, bindparam, case, exists, or_, select, update
 
 from common.errors import NotFound
 from coordinator.states import PartState, RoundKind, RoundState
@@ -189,17 +189,8 @@ def close_round(connection: Connection, round_id: str, owner: str, state: RoundS
 
 def end_lease(connection: Connection, round_id: str, owner: str, until: datetime) -> bool:
     """End a lease that is still as the caller has seen it, whatever the clocks say of it."""
-    result = connection.execute(
-        update(rounds)
-        .where(
-            rounds.c.round_id == round_id,
-            rounds.c.state == RoundState.AGGREGATING.value,
-            rounds.c.lease_owner == owner,
-            rounds.c.lease_until == until,
-        )
-        .values(lease_until=utc_now() - timedelta(days=1))
-    )
-    return result.rowcount == 1
+    as_seen = rounds.c.lease_until == until
+    return _change_held(connection, round_id, owner, as_seen, lease_until=utc_now() - timedelta(days=1))
 
 
 def abort_rounds(connection: Connection, job_id: str, reason: str) -> None:
@@ -234,13 +225,16 @@ def round_of(row: RowMapping) -> Round:
     )
 
 
-def _change_held(connection: Connection, round_id: str, owner: str, **values: Any) -> bool:
+def _change_held(
+    connection: Connection, round_id: str, owner: str, *conditions: ColumnElement[bool], **values: Any
+) -> bool:
     result = connection.execute(
         update(rounds)
         .where(
             rounds.c.round_id == round_id,
             rounds.c.state == RoundState.AGGREGATING.value,
             rounds.c.lease_owner == owner,
+            *conditions,
         )
         .values(**values)
     )
