@@ -31,6 +31,8 @@ from store.tenants import Caller
 
 logger = logging.getLogger(__name__)
 
+_PIECE_BYTES = 256 * 1024  # handed over at a time: what a slow reader has not taken is copied, once for each
+
 _MAX_REQUEST_BYTES = 64 << 10
 _RANGE = re.compile(r"bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", re.IGNORECASE)
 
@@ -181,7 +183,9 @@ class BlocksResponse(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             if scope["method"] != "HEAD":
                 while not gone.done() and (block := await self._blocks.next()):
-                    await send({"type": "http.response.body", "body": block, "more_body": True})
+                    for begin in range(0, len(block), _PIECE_BYTES):
+                        piece = block[begin : begin + _PIECE_BYTES]
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
             if not gone.done():
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except (
