@@ -49,7 +49,7 @@ def make_coordinator_app(settings: Settings) -> Celery:
     """Make the app of the coordinator's workers and of everybody who publishes for it."""
     app = _make_app("coordinator", settings, queue=COORDINATOR_QUEUE)
     app.conf.update(
-        result_backend=settings.broker_url.get_secret_value(),  # holds the chords' counters, nothing else
+        result_backend=f"common.chords:ChordBackend+{settings.broker_url.get_secret_value()}",
         result_expires=7 * 24 * 3600,
         worker_pool="threads",  # handlers wait for the store and the database, numpy and hashing release the lock
         worker_concurrency=settings.coordinator_threads,
