@@ -147,7 +147,7 @@ class UpdateReady(Message):
         {}, max_length=MAX_METRICS
     )
     shards: tuple[Shard, ...] = ()
-    seconds: FiniteFloat = 0.0  # the site's work, transfers included
+    seconds: FiniteFloat = 0.0  # the site's work, until the update is written
 
 
 class PartDeclined(Message):

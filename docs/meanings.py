@@ -66,7 +66,7 @@ MESSAGE = {
     "digest": "BLAKE3, hexadecimal; a model's is that of its index.",
     "failed": "Whether the site tried and could not, rather than refused.",
     "metrics": "Measured values by name; nothing where a value was not a finite number.",
-    "seconds": "How long the site worked, transfers included, in seconds.",
+    "seconds": "How long the site worked until its update was ready to be sent, in seconds.",
     "seed": "The job's seed; a site derives its own for each round from it.",
     "size": "Bytes.",
     "trainer": "A name on the site's own list.",

@@ -1,6 +1,5 @@
 """Keep an update from its training until it has arrived: a process that dies in between costs no training."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,37 +8,19 @@ from store.blobs import Blob, disk_errors, hash_file
 from worker.jobs import Part
 from worker.part_files import PartFiles
 
-logger = logging.getLogger(__name__)
-
-_ANSWER = "answer"  # the sealed answer that tells of the update
-
 
 class Outgoing(PartFiles):
-    """The updates that are on their way: of each part the answer, and its shards by their position.
+    """The updates that are on their way: their shards by position. The answers that tell of them are in the leases.
 
     The files are not forced to the disk; what a power cut has damaged is noticed, and the part is done again.
     """
 
-    def keep(self, part: Part, shards: Sequence[Path], answer: bytes) -> None:
-        """Take over the files of the shards and, as the last step, which makes all of it count, the answer."""
+    def keep(self, part: Part, shards: Sequence[Path]) -> None:
+        """Take over the files of the shards; they count when the answer is kept."""
         with disk_errors(self.folder):
             self.forget(part)
             for position, path in enumerate(shards):
                 path.replace(self.shard(part, position))
-            target = self.path(part, _ANSWER)
-            temporary = target.with_name(f".{target.name}")
-            temporary.write_bytes(answer)
-            temporary.replace(target)
-
-    def find(self, part: Part) -> bytes | None:
-        """Return the answer that was kept with the part's update, if there is one."""
-        try:
-            return self.path(part, _ANSWER).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            logger.warning("Cannot read an update that was to be sent: %s.", error, extra={"action": "find_outgoing"})
-            return None
 
     def is_whole(self, part: Part, shards: Sequence[Shard]) -> bool:
         """Return whether the shards' files are what the answer says."""

@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 KEEP_SECONDS = 7 * 24 * 3600  # no message stays in the broker for longer
 
+BEGUN = b"."  # for each begin of the work, before the answer, which is a map of msgpack and never begins so
 _SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,159}")  # what may become a part of a file's name
 
 
@@ -35,7 +36,7 @@ def forget_old_receipts(folder: Path) -> None:
 
 
 class Receipts:
-    """The answers given by this site: one small file each, written whole or not at all.
+    """The answers given by this site: one small file each, which was the part's own (`worker/leases.py`).
 
     A part is answered once, whatever its attempt. The files are not forced to the disk: after a power cut a part may be
     done again, with the same result.
@@ -46,28 +47,17 @@ class Receipts:
 
     def find(self, task_id: str) -> bytes | None:
         """Return the answer that was given to the part, if there is one that can be read."""
-        path = self._path(task_id)
+        path = self.path(task_id)
         try:
-            return path.read_bytes() or None  # a power cut may leave an empty file
+            return path.read_bytes().lstrip(BEGUN) or None  # a power cut may leave an empty file
         except FileNotFoundError:
             return None
         except OSError as error:
             logger.warning("Cannot read the receipt %s: %s.", path, error, extra={"action": "find_receipt"})
             return None
 
-    def keep(self, task_id: str, answer: bytes) -> None:
-        """Write the answer; raise DiskFull or StoreUnavailable when that fails."""
-        path = self._path(task_id)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with disk_errors(self.folder):
-            try:
-                temporary.write_bytes(answer)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-
-    def _path(self, task_id: str) -> Path:
+    def path(self, task_id: str) -> Path:
+        """Return where the part's receipt is, or would be."""
         return self.folder / f"{check_id(task_id)}.answer"
 
 

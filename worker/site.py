@@ -36,14 +36,14 @@ from store.transfer import Transfer
 from store.weights import write_weights
 from worker.answers import REASON_CHARACTERS, clean_metrics, count_examples, decline, locate, sendable
 from worker.jobs import Jobs, Part, prepare_jobs
-from worker.leases import Lease, Leases, prepare_leases
+from worker.leases import Lease, Leases
 from worker.outgoing import Outgoing
 from worker.part_files import PartFiles
 from worker.progress import Progress
 from worker.receipts import KEEP_SECONDS, Receipts, forget_old_receipts, prepare_receipts
 from worker.reports import Reports
 from worker.scratch import prepare_scratch, scratch_folder
-from worker.trainer import Fit, RoundContext, Tensors, check_tensors, derive_seed
+from worker.trainer import Fit, RoundContext, check_tensors, derive_seed
 from worker.trainers import Trainers
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def prepare_site(settings: Settings) -> None:
     prepare_scratch(settings.site_folder / _SCRATCH)
     prepare_receipts(settings.site_folder / _RECEIPTS)
     prepare_jobs(settings.site_folder / _JOBS)
-    prepare_leases(settings.site_folder / _LEASES)
+    Leases(settings.site_folder / _LEASES).prepare()
     _fetched(settings).prepare()
     _outgoing(settings).prepare()
 
@@ -173,9 +173,11 @@ class Site:
     def _answer(self, part: Part, lease: Lease, extra: Mapping[str, object]) -> bytes:
         """Return the sealed answer to the part, of which there is a receipt from here on."""
         answer: UpdateReady | PartDeclined
+        begun = time.monotonic()
+        sealed = None
         try:
-            answer = self._do(part, lease)
-            logger.info("Did the part in %.3f s.", answer.seconds, extra={"action": "answer_part", **extra})
+            answer, sealed = self._do(part, lease)
+            logger.info("Did the part in %.3f s.", time.monotonic() - begun, extra={"action": "answer_part", **extra})
         except Declined as error:
             reason = sendable(error.message)
             logger.info("Declined: %s", reason, extra={"action": "decline_part", **extra})
@@ -189,9 +191,12 @@ class Site:
                 raise
             logger.exception("The part failed.", extra={"action": "fail_part", **extra})
             answer = decline(part, locate(error), failed=True)
-        sealed = self._seal(answer)
+        if sealed is None:
+            sealed = self._seal(answer)
         try:
-            self._receipts.keep(part.task_id, sealed)
+            if sealed != lease.answer():
+                lease.keep_answer(sealed)
+            lease.hand_over(self._receipts.path(part.task_id))
         except FedChordError as error:  # the update stays instead, and a copy of the message finds it
             logger.warning("Kept no receipt: %s", error.message, extra={"action": "keep_receipt", **extra})
             if isinstance(answer, UpdateReady):
@@ -199,9 +204,11 @@ class Site:
         self._outgoing.forget(part)
         return sealed
 
-    def _do(self, part: Part, lease: Lease) -> UpdateReady:
-        """Train, build or test, and send what came of it; raise Declined or another error that says why not."""
-        begun = time.monotonic()
+    def _do(self, part: Part, lease: Lease) -> tuple[UpdateReady, bytes]:
+        """Train, build or test, and send what came of it; return the answer, also sealed.
+
+        Raise Declined or another error that says why not.
+        """
         now, reason = self._reports.begin(part.job_id, part.task_id)
         progress = Progress(
             why_stop=lambda: self._reports.why_stop(part.job_id, part.task_id),
@@ -211,22 +218,24 @@ class Site:
             label=f"Round {part.round} of {part.job_name or part.job_id}",
         )
         progress.begin(reason)
-        answer = self._find_outgoing(part)
-        seconds_before = answer.seconds if answer else 0.0  # in the process that trained
-        if answer is None:
+        found = self._find_outgoing(part, lease)
+        if found is None:
             if lease.count_begin() > _MAX_BEGINS:
                 raise FedChordError(
                     f"The site's process ended {_MAX_BEGINS} times before the part was done, perhaps for want of "
                     "memory; the site's own log may tell why."
                 )
-            answer = self._work(part, progress)
+            found = self._work(part, lease, progress)
+        answer, sealed = found
         if answer.shards and not isinstance(part, ModelTestRound):
             self._upload(part, answer.shards, progress)
-        seconds = round(seconds_before + time.monotonic() - begun, 6)
-        return answer.model_copy(update={"attempt": part.attempt, "seconds": seconds})
+        if answer.attempt != part.attempt:  # trained when the part was asked before
+            answer = answer.model_copy(update={"attempt": part.attempt})
+            sealed = self._seal(answer)
+        return answer, sealed
 
-    def _work(self, part: Part, progress: Progress) -> UpdateReady:
-        """Do what is asked; if tensors come of it, they are kept to be sent, together with the answer."""
+    def _work(self, part: Part, lease: Lease, progress: Progress) -> tuple[UpdateReady, bytes]:
+        """Do what is asked; if tensors come of it, they are kept to be sent, together with the sealed answer."""
         begun = time.monotonic()
         trainer = self._jobs.trainer(part)
 
@@ -250,18 +259,31 @@ class Site:
                 fit: Fit = work(self._fetch(part, part.model, progress), step())
                 tensors, num_examples, metrics = fit.tensors, fit.num_examples, dict(fit.metrics)
         progress.look()
-        answer = UpdateReady(
-            job_id=part.job_id,
-            job_name=part.job_name,
-            round=part.round,
-            task_id=part.task_id,
-            attempt=part.attempt,
-            num_examples=count_examples(num_examples),
-            metrics=clean_metrics(metrics),
-        )
+        examples, cleaned = count_examples(num_examples), clean_metrics(metrics)
+
+        def answer(shards: tuple[Shard, ...]) -> tuple[UpdateReady, bytes]:
+            made = UpdateReady(
+                job_id=part.job_id,
+                job_name=part.job_name,
+                round=part.round,
+                task_id=part.task_id,
+                attempt=part.attempt,
+                num_examples=examples,
+                metrics=cleaned,
+                shards=shards,
+                seconds=round(time.monotonic() - begun, 6),
+            )
+            return made, self._seal(made)
+
         if tensors is None or isinstance(part, ModelTestRound):
-            return answer
-        return self._keep_outgoing(part, answer, tensors, begun)
+            return answer(())
+        with scratch_folder(self._scratch) as folder:
+            written = write_weights(folder, check_tensors(tensors), part.shard_bytes)
+            _check_references(part, len(written))
+            made, sealed = answer(tuple(Shard(digest=blob.digest, size=blob.size) for _, blob in written))
+            self._outgoing.keep(part, [path for path, _ in written])
+            lease.keep_answer(sealed)
+        return made, sealed
 
     def _fetch(self, part: Part, model: ModelReference, progress: Progress) -> dict[str, npt.NDArray[Any]]:
         """Return the model's tensors for a part; what has come stays until the part is answered."""
@@ -275,20 +297,9 @@ class Site:
             before += shard.size
         return _read_model(model, paths)
 
-    def _keep_outgoing(self, part: _Upload, answer: UpdateReady, tensors: Tensors, begun: float) -> UpdateReady:
-        """Write the tensors as shards and keep them; return the answer that tells of them."""
-        with scratch_folder(self._scratch) as folder:
-            written = write_weights(folder, check_tensors(tensors), part.shard_bytes)
-            _check_references(part, len(written))
-            shards = tuple(Shard(digest=blob.digest, size=blob.size) for _, blob in written)
-            seconds = round(time.monotonic() - begun, 6)
-            answer = answer.model_copy(update={"shards": shards, "seconds": seconds})
-            self._outgoing.keep(part, [path for path, _ in written], self._seal(answer))
-        return answer
-
-    def _find_outgoing(self, part: Part) -> UpdateReady | None:
-        """Return the answer to the part whose update was trained before and is still to be sent."""
-        if (sealed := self._outgoing.find(part)) is None:
+    def _find_outgoing(self, part: Part, lease: Lease) -> tuple[UpdateReady, bytes] | None:
+        """Return the answer, also sealed, to the part whose update was trained before and is still to be sent."""
+        if not (sealed := lease.answer()):
             return None
         extra = {"job": part.job_id, "task": part.task_id}
         try:
@@ -297,11 +308,13 @@ class Site:
         except InvalidMessage as error:
             logger.warning("An update cannot be sent on: %s", error.message, extra={"action": "find_outgoing", **extra})
             return None
-        if not isinstance(answer, UpdateReady) or not self._outgoing.is_whole(part, answer.shards):
+        if not isinstance(answer, UpdateReady):
+            return None  # it was declined, and nobody was told
+        if not self._outgoing.is_whole(part, answer.shards):
             logger.warning("An update that was to be sent is damaged.", extra={"action": "find_outgoing", **extra})
             return None
         logger.info("The update is trained already; sending goes on.", extra={"action": "resume_upload", **extra})
-        return answer
+        return answer, sealed
 
     def _upload(self, part: _Upload, shards: tuple[Shard, ...], progress: Progress) -> None:
         """Send each shard that this attempt has not sent yet to its own reference."""
@@ -327,7 +340,7 @@ class Site:
         except (Exception, SystemExit):  # a trainer is other people's code; the job is over all the same
             logger.exception("The trainer did not finish.", extra={"action": "finish_job", **extra})
         self._jobs.forget(message.job_id)
-        for files in (self._fetched, self._outgoing):
+        for files in (self._fetched, self._outgoing, self._leases):
             files.forget_job(message.job_id)
             files.forget_old()
         forget_old_receipts(self._receipts.folder)

@@ -122,6 +122,7 @@ def wrap() -> None:
     from kombu.transport import redis as kombu_redis
     from sqlalchemy.engine.default import DefaultDialect
 
+    from common import transport
     from store.folder import FolderStore
     from store.s3 import S3Store
     from store.transfer import Transfer
@@ -129,7 +130,7 @@ def wrap() -> None:
     around(DefaultDialect, "do_commit", always("commit"))
     around(kombu_redis.Channel, "_put", _publishing)
     around(kombu_redis.PublishBatch, "flush", always("publishing"))
-    around(kombu_redis.QoS, "ack", _acknowledging)
+    around(transport.QoS, "ack", _acknowledging)
     around(RedisBackend, "set_chord_size", always("setting the chord's size"))
     around(RedisBackend, "on_chord_part_return", always("counting in the chord"))
     around(redis.Redis, "set", _setting)
@@ -139,9 +140,10 @@ def wrap() -> None:
     around(minio.Minio, "copy_object", always("object copy"))
     around(Transfer, "upload", always("upload"))
     if os.environ.get("CHAOS_SITE"):
-        from worker.receipts import Receipts
+        from worker.leases import Lease
 
-        around(Receipts, "keep", always("keeping a receipt"))
+        around(Lease, "keep_answer", always("keeping an answer"))
+        around(Lease, "hand_over", always("keeping a receipt"))
 
 
 def _publishing(channel: Any, queue: str, message: Any, **values: Any) -> str | None:

@@ -9,14 +9,14 @@ import pytest
 
 from common.errors import StoreUnavailable
 from common.messages import TrainingStart
-from worker.leases import Leases, prepare_leases
+from worker.leases import Leases
 from worker.part_files import PartFiles
-from worker.receipts import KEEP_SECONDS
+from worker.receipts import KEEP_SECONDS, Receipts
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    prepare_leases(tmp_path / "leases")
+    Leases(tmp_path / "leases").prepare()
     return tmp_path / "leases"
 
 
@@ -41,6 +41,20 @@ def test_a_part_is_in_one_hand_and_another_part_in_another(folder: Path) -> None
     assert list(folder.iterdir()) == []
 
 
+def test_the_end_of_a_job_forgets_its_parts_but_for_those_in_hand(folder: Path) -> None:
+    leases = Leases(folder)
+    for task_id in ("job.1", "job.2", "job2.1"):
+        (folder / task_id).write_bytes(b".")
+    held = leases.take("job.2")
+    assert held is not None
+    with held:
+        leases.forget_job("job")
+        assert sorted(path.name for path in folder.iterdir()) == ["job.2", "job2.1"]
+        assert Leases(folder).take("job.2") is None
+    leases.forget_job("job")
+    assert [path.name for path in folder.iterdir()] == ["job2.1"]
+
+
 def test_how_often_a_part_was_begun_is_known_until_it_is_answered(folder: Path) -> None:
     for begun in (1, 2):
         lease = Leases(folder).take("task")
@@ -54,6 +68,51 @@ def test_how_often_a_part_was_begun_is_known_until_it_is_answered(folder: Path) 
             assert lease.count_begin() == begun
 
 
+def test_an_answer_outlives_the_process_and_becomes_the_receipt(folder: Path) -> None:
+    receipts = Receipts(folder)
+    first = Leases(folder).take("task")
+    assert first is not None
+    assert (first.count_begin(), first.answer()) == (1, b"")
+    first.keep_answer(b"a long answer")
+    first.keep_answer(b"answer")
+    first.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    second = Leases(folder).take("task")
+    assert second is not None
+    with second:
+        assert second.answer() == b"answer"
+        assert receipts.find("task") is None
+        second.hand_over(receipts.path("task"))
+        assert receipts.find("task") == b"answer"
+        third = Leases(folder).take("task")  # a copy of the message may be looked at while the answer is sent
+        assert third is not None
+        with third:
+            assert third.answer() == b""
+    assert [path.name for path in folder.iterdir()] == ["task.answer"]
+
+
+def test_an_answer_that_cannot_be_used_is_dropped_when_the_part_is_begun_again(folder: Path) -> None:
+    lease = Leases(folder).take("task")
+    assert lease is not None
+    with lease:
+        lease.count_begin()
+        lease.keep_answer(b"answer")
+        assert (lease.count_begin(), lease.answer()) == (2, b"")
+    assert list(folder.iterdir()) == []
+
+
+def test_an_answer_of_which_there_is_no_receipt_stays(folder: Path) -> None:
+    lease = Leases(folder).take("task")
+    assert lease is not None
+    with lease:
+        lease.keep_answer(b"answer")
+        with pytest.raises(StoreUnavailable):
+            lease.hand_over(folder / "gone" / "task.answer")
+    again = Leases(folder).take("task")
+    assert again is not None
+    with again:
+        assert again.answer() == b"answer"
+
+
 def test_a_lease_in_a_folder_that_is_gone_is_told(folder: Path) -> None:
     folder.rmdir()
     with pytest.raises(StoreUnavailable):
@@ -65,7 +124,7 @@ def test_leases_that_no_message_can_be_about_are_forgotten_at_the_start(folder: 
         (folder / name).write_bytes(b".")
     long_ago = time.time() - KEEP_SECONDS - 60
     os.utime(folder / "old", (long_ago, long_ago))
-    prepare_leases(folder)
+    Leases(folder).prepare()
     assert [path.name for path in folder.iterdir()] == ["new"]
 
 

@@ -398,11 +398,11 @@ def test_an_update_that_was_trained_for_an_earlier_attempt_is_sent_whole_to_wher
 def test_an_update_that_was_damaged_before_it_was_sent_is_trained_again(bench: Bench, damage: str) -> None:
     part = part_of_two_shards(bench, "slot")
     killed_while_it_sends(bench, part, sent=0)
-    kept = bench.folder / "state" / "outgoing"
+    state = bench.folder / "state"
     if damage == "missing":
-        (kept / "task@1").unlink()
+        (state / "outgoing" / "task@1").unlink()
     else:
-        file = kept / ("task@1" if damage == "shard" else "task@answer")
+        file = state / ("outgoing/task@1" if damage == "shard" else "leases/task")
         file.chmod(0o644)
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     answer = bench.ask(part)
@@ -419,12 +419,12 @@ def test_an_update_that_comes_too_late_to_be_sent_is_dropped(bench: Bench) -> No
 
 def test_the_end_of_a_job_drops_updates_that_nobody_will_ask_for(bench: Bench) -> None:
     killed_while_it_sends(bench, part_of_two_shards(bench, "slot", task_id="job.train.1.alpha"), sent=1)
-    outgoing = bench.folder / "state" / "outgoing"
-    assert len(list(outgoing.iterdir())) == 4  # the answer, two shards, and the note that one has arrived
+    outgoing, leases = bench.folder / "state" / "outgoing", bench.folder / "state" / "leases"
+    assert len(list(outgoing.iterdir())) == 3  # two shards, and the note that one has arrived
     bench.site().handle(bench.seal(TrainingFinished(job_id="jo", state="aborted")), "celery-id")
-    assert len(list(outgoing.iterdir())) == 4
+    assert len([*outgoing.iterdir(), *leases.iterdir()]) == 4
     bench.site().handle(bench.seal(TrainingFinished(job_id="job", state="aborted")), "celery-id")
-    assert list(outgoing.iterdir()) == []
+    assert [*outgoing.iterdir(), *leases.iterdir()] == []
 
 
 def test_a_copy_of_a_part_that_is_in_hand_is_dropped(
