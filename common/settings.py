@@ -177,6 +177,13 @@ class Settings(BaseSettings):
         "survives restarts.",
     )
     site_slots: int = Field(1, ge=1, description="How many parts the site works on at once, each in its own process.")
+    site_nice: int = Field(
+        5,
+        ge=0,
+        le=19,
+        description="By how much the processes that work on parts give way to others on the machine, as with nice(1): "
+        "so the worker goes on telling that it is alive while a training takes every core.",
+    )
     heartbeat_seconds: float = Field(
         2.0,
         gt=0,

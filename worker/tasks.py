@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import signal
 import sys
 import threading
@@ -53,6 +54,7 @@ def _decline_unknown(name: str, id: str, **_: Any) -> None:
 @worker_process_init.connect
 def _begin_process(**_: Any) -> None:
     """Prepare a child process, which is where parts are done."""
+    os.nice(settings.site_nice)
     if sys.platform == "linux":  # a worker that is killed leaves no child behind that trains on
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Frameworks take seconds to import; a child that waits for its first part has them.

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import psutil
 import pytest
 from blake3 import blake3
 from celery import Celery
@@ -318,9 +319,11 @@ def test_what_a_site_cannot_or_will_not_do_is_answered(coordinator: Coordinator)
 
 def test_a_site_answers_a_ping_while_it_trains_and_stops_when_the_job_is_cancelled(coordinator: Coordinator) -> None:
     coordinator.hold.touch()
-    with run_site(coordinator.folder):
+    with run_site(coordinator.folder, site_nice=7) as process:
         coordinator.send(coordinator.part())
         wait_for(lambda: len(coordinator.fits()) == 1, seconds=20, what="the training to begin")
+        child = psutil.Process(coordinator.fits()[0][0])
+        assert child.nice() == psutil.Process(process.pid).nice() + 7  # training leaves the worker time to answer
         (reply,) = coordinator.app.control.ping(timeout=10, limit=1) or []
         assert list(reply.values()) == [{"ok": "pong"}]
 
