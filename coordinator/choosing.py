@@ -64,11 +64,16 @@ def choose(job: Job, number: int, found: Sequence[Candidate], choosers: Mapping[
         return tuple(each.site for each in found)
     if rules.choose == "random":
         chance = random.Random(f"{job.spec.seed}/{number}")  # noqa: S311  # to be repeated, not to be secret
-        chosen: Iterable[str] = (each.site for each in chance.sample(found, wanted))
+        chosen: Collection[str] = [each.site for each in chance.sample(found, wanted)]
     elif rules.choose == "available":
-        chosen = (each.site for each in sorted(found, key=_spare, reverse=True)[:wanted])
+        chosen = [each.site for each in sorted(found, key=_spare, reverse=True)[:wanted]]
     else:
         chosen = _ask(rules.choose, load_chooser(rules.choose, choosers), found, wanted, number, job.spec.seed)
+        if len(chosen) < job.quorum and job.spec.late.policy != "keep":  # with it, late updates may fill a round up
+            raise InvalidSettings(
+                f"The chooser {rules.choose!r} gave {len(chosen)} of {len(found)} candidates, but the quorum is "
+                f"{job.quorum}; let it give as many, or lower min_sites."
+            )
     return tuple(sorted(chosen))
 
 

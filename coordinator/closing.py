@@ -19,8 +19,8 @@ from coordinator.jobs import LIVE, Job, JobState, change_job, get_job, lock_job
 from coordinator.lease import held_round
 from coordinator.letting_go import cancel_parts
 from coordinator.members import note_answers, set_left
-from coordinator.norms import find_outliers
 from coordinator.outbox import add_notices
+from coordinator.outliers import outliers
 from coordinator.parts import Part, find_carried, find_parts
 from coordinator.planning import Step, finish, let_stale_go, plan_next
 from coordinator.quarantine import set_aside
@@ -94,13 +94,13 @@ def alive_sites(services: Services, job: Job) -> dict[str, Heartbeat]:
 def _settle(
     services: Services, owner: str, job: Job, round_: Round, own: Sequence[Part], carried: Sequence[Part]
 ) -> Round | None:
-    verdicts = _outliers(job, [*own, *carried])
-    outliers = [part for part in (*own, *carried) if part.task_id in verdicts]
+    verdicts = outliers(job, [*own, *carried])
+    refused = [part for part in (*own, *carried) if part.task_id in verdicts]
     parts, carried = _judged(own, verdicts), _judged(carried, verdicts)
     accepted = [part for part in (*carried, *parts) if part.state is PartState.ACCEPTED]
     accepted.sort(key=lambda part: part.site)  # of one site's two the older stays first
     if round_.kind is not RoundKind.TEST and len(accepted) < job.quorum:
-        _fail(services, owner, job, round_, no_quorum(job, round_, parts, carried), outliers, verdicts)
+        _fail(services, owner, job, round_, no_quorum(job, round_, parts, carried), refused, verdicts)
         return None
     started = time.monotonic()
     made = make_model(services, job, round_, accepted)
@@ -125,7 +125,7 @@ def _settle(
         )
         if not closed:
             return None
-        for part in outliers:
+        for part in refused:
             set_aside(connection, part, verdicts[part.task_id])
         if made is not None and round_.kind is not RoundKind.START:
             for each in (*made.also, made.model):
@@ -162,19 +162,6 @@ def _judged(parts: Sequence[Part], verdicts: Mapping[str, str]) -> list[Part]:
     ]
 
 
-def _outliers(job: Job, parts: Sequence[Part]) -> dict[str, str]:
-    """Return why an update must not be aggregated, by the task id of its part.
-
-    It is found from what the gate has recorded, so that whoever takes the round up after a crash finds the same.
-    """
-    distances = {
-        part.task_id: (part.update_norm, part.global_norm or 0.0)
-        for part in parts
-        if part.state is PartState.ACCEPTED and part.update_norm is not None and not part.released
-    }
-    return find_outliers(distances, job.spec.gate.outlier_score)
-
-
 def _remove_unwilling(connection: Connection, job: Job, round_: Round, parts: Sequence[Part]) -> None:
     """Take the sites that declined the start out of the job, and tell them."""
     if round_.kind is not RoundKind.START:
@@ -195,14 +182,14 @@ def _fail(
     job: Job,
     round_: Round,
     reason: str,
-    outliers: Sequence[Part] = (),
+    refused: Sequence[Part] = (),
     verdicts: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     with writing(services.engine) as connection:
         lock_job(connection, job.job_id)
         if not close_round(connection, round_.round_id, owner, RoundState.FAILED, reason=reason):
             return
-        for part in outliers:
+        for part in refused:
             set_aside(connection, part, verdicts[part.task_id])
         finish(connection, job, JobState.FAILED, reason)
     logger.error(

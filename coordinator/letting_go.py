@@ -14,7 +14,8 @@ from sqlalchemy import Connection
 from common.queues import cancel_key
 from coordinator.dispatch import complete_part
 from coordinator.jobs import Job
-from coordinator.parts import SURPLUS, Part, count_good, find_parts, leave_parts
+from coordinator.outliers import has_good
+from coordinator.parts import SURPLUS, Part, find_parts, leave_parts
 from coordinator.planning import gives_up_at, keeps_late
 from coordinator.rounds import Round
 from coordinator.services import Services
@@ -39,7 +40,7 @@ def let_surplus_go(connection: Connection, job: Job, round_: Round) -> tuple[Par
     """Close a training round to who is missing if it is full; return them. The caller has locked the round."""
     if job.target is None or round_.kind is not RoundKind.TRAIN:
         return ()
-    if count_good(connection, job.job_id, round_.round_id) < job.target:
+    if not has_good(connection, job, round_.round_id, job.target):
         return ()
     owing = [part for part in find_parts(connection, round_.round_id) if part.state is PartState.WAITING]
     return let_go(connection, job, round_, owing, f"{job.target} other updates were enough", code=SURPLUS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, bindparam, case, exists, func, literal, select, update
+from sqlalchemy import Connection, RowMapping, and_, bindparam, case, exists, func, literal, or_, select, update
 
 from coordinator.states import OWING, PartState, RoundKind, RoundState
 from store.tables import parts, rounds, utc_now
@@ -111,6 +111,13 @@ def count_good(connection: Connection, job_id: str, round_id: str) -> int:
     own = select(func.count()).where(parts.c.round_id == round_id, parts.c.state == PartState.ACCEPTED.value)
     kept = select(func.count()).where(parts.c.state == PartState.KEPT.value, parts.c.job_id == job_id)
     return int(connection.scalar(own) or 0) + int(connection.scalar(kept) or 0)
+
+
+def find_good(connection: Connection, job_id: str, round_id: str) -> list[Part]:
+    """Return the parts that `count_good` counts."""
+    own = and_(parts.c.round_id == round_id, parts.c.state == PartState.ACCEPTED.value)
+    kept = and_(parts.c.state == PartState.KEPT.value, parts.c.job_id == job_id)
+    return [part_of(row) for row in connection.execute(select(parts).where(or_(own, kept))).mappings()]
 
 
 def answer_part(

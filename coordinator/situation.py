@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection, Engine, func, select
 
 from common.broker import connect
+from common.dead_letters import DeadLetter, read_dead_letters
 from common.errors import BrokerUnavailable, FedChordError
 from common.heartbeats import Heartbeat, read_heartbeats
 from common.progress import ProgressReport, read_progress
@@ -66,6 +67,7 @@ class Situation:
     taken_at: Mapping[str, datetime] = field(default_factory=dict)  # when a site took the oldest one in its hands
     workers: tuple[str, ...] = ()  # coordinator workers that answer
     answers_queued: int = 0  # messages on the coordinator's queue
+    set_aside: tuple[DeadLetter, ...] = ()  # the newest ones, of the coordinator's queue and of those that owe
     store_trouble: str = ""  # why the object store cannot be used; empty if it can, or nobody needs it now
 
 
@@ -148,5 +150,10 @@ def _in_broker(broker: Redis, app: Celery, owing: Sequence[Part]) -> dict[str, A
         "queued": dict(zip(sites, found[0::2], strict=True)),
         "taken_at": {site: datetime.fromtimestamp(taken[0][1], UTC) for site, taken in oldest.items() if taken},
         "answers_queued": answers_queued,
+        "set_aside": tuple(
+            letter
+            for queue in (COORDINATOR_QUEUE, *map(site_queue, sites))
+            for letter in read_dead_letters(broker, queue, limit=1)
+        ),
         "workers": coordinator_workers(app),
     }

@@ -11,7 +11,8 @@ from common.heartbeats import Heartbeat
 from common.progress import read_progress
 from coordinator.jobs import Job, get_job
 from coordinator.letting_go import cancel_parts, follow_up, let_go, let_surplus_go
-from coordinator.parts import Part, count_good, find_in, find_parts, leave_parts
+from coordinator.outliers import has_good
+from coordinator.parts import Part, find_in, find_parts, leave_parts
 from coordinator.planning import gives_up_at
 from coordinator.rounds import Round, extend_round, get_round, lock_round
 from coordinator.services import Services
@@ -134,8 +135,8 @@ def _let_absent_go(
         still = [part for part in find_parts(connection, each.round.round_id) if part.state is PartState.WAITING]
         away = {part.site for part in gone}
         gone = [part for part in still if part.site in away]
-        possible = count_good(connection, each.job.job_id, each.round.round_id) + len(still) - len(gone)
-        if each.round.kind is not RoundKind.TEST and possible < each.job.quorum:
+        needed = each.job.quorum - (len(still) - len(gone))
+        if each.round.kind is not RoundKind.TEST and not has_good(connection, each.job, each.round.round_id, needed):
             return
         left = let_go(connection, each.job, each.round, gone, f"no heartbeat for {limit:g} s")
     logger.warning(

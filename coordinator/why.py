@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 
 from coordinator.asked import builder
 from coordinator.jobs import LIVE, JobState
+from coordinator.outliers import outliers
 from coordinator.owing import clock, describe_site
 from coordinator.parts import Part
 from coordinator.rounds import Round
@@ -185,6 +186,9 @@ def _open(situation: Situation, round_: Round) -> Explanation:
         details.append(said)
         actions += [advice] if advice and advice not in actions else []
     details += [*_verdicts(situation), *_others(situation)]
+    if lost := _set_aside(situation, round_):
+        details.append(lost)
+        actions.append("Read what was set aside, with the reasons: `fedchord dead-letters`.")
     details += [*_when_full(situation, round_), *_at_deadline(situation, round_)]
     if _quorum_is_lost(situation, round_):
         actions.insert(0, _abort(situation, "Do not wait for the deadline: end the job"))
@@ -264,9 +268,11 @@ def _quorum_is_lost(situation: Situation, round_: Round) -> bool:
 
 
 def _good(situation: Situation, round_: Round) -> int:
-    """Return how many good answers the round has, late ones of earlier rounds included that count in it."""
-    kept = sum(part.state is PartState.KEPT for part in situation.late) if round_.kind is RoundKind.TRAIN else 0
-    return sum(part.state is PartState.ACCEPTED for part in situation.parts) + kept
+    """Return how many good answers the round has, with late ones that count in it, without those that stand out."""
+    good = [part for part in situation.parts if part.state is PartState.ACCEPTED]
+    if round_.kind is RoundKind.TRAIN:
+        good += [part for part in situation.late if part.state is PartState.KEPT]
+    return len(good) - len(outliers(situation.job, good))
 
 
 def _verdicts(situation: Situation) -> list[str]:
@@ -274,6 +280,8 @@ def _verdicts(situation: Situation) -> list[str]:
     answered = [part for part in situation.parts if part.state is not PartState.WAITING]
     good = [part.site for part in answered if part.state is PartState.ACCEPTED]
     said = [_verdict(part) for part in answered if part.state is not PartState.ACCEPTED]
+    found = outliers(situation.job, answered)
+    said += [f"{part.site} stands out so far: {found[part.task_id]}" for part in answered if part.task_id in found]
     if situation.round is not None and (site := builder(situation.round, situation.parts)) is not None:
         said.append(f"{site} was asked to build the first model; if it does not, another site is asked.")
     return [*([f"Answered well: {_names(good)}."] if good else []), *said]
@@ -298,6 +306,16 @@ def _others(situation: Situation) -> list[str]:
         elif member.is_paused(situation.now) and member.paused_until is not None and site not in asked:
             said.append(f"{site} is paused until {clock(member.paused_until)}: {_sentence(member.reason)}")
     return said
+
+
+def _set_aside(situation: Situation, round_: Round) -> str:
+    """Return what may have become of an answer or a question that is missing; empty if nothing was set aside."""
+    lost = [letter for letter in situation.set_aside if letter.at is not None and letter.at >= round_.created_at]
+    if not lost:
+        return ""
+    newest = max(lost, key=lambda letter: letter.at or round_.created_at)
+    at = f" at {clock(newest.at)}" if newest.at else ""
+    return f"Messages were set aside since the round began, the newest{at} from queue {newest.queue}: {newest.reason}"
 
 
 def _when_full(situation: Situation, round_: Round) -> list[str]:

@@ -119,6 +119,19 @@ def test_a_round_asks_130_percent_and_closes_at_the_first_100_percent(running: F
         assert "delta" not in find_members(connection, job_id)
 
 
+def test_an_update_that_stands_out_does_not_fill_a_round(running: Federation) -> None:
+    rules = {"choose": "random", "target_sites": 3, "over_selection": 4 / 3}
+    job_id, sites = begin(running, *NAMES, min_sites=3, participation=rules)
+    messages = {name: ask(site) for name, site in sites.items()}
+    for name, value in (("alpha", 3e6), ("beta", 3), ("gamma", 4), ("delta", 5)):
+        give(sites[name], messages[name], value)
+        wait_until(lambda name=name: parts(running, job_id, 1)[name].state is not PartState.WAITING, what="the answer")
+    ended = running.wait(job_id, "completed", "failed")
+    assert ended.state is JobState.COMPLETED, ended.reason
+    states = [parts(running, job_id, 1)[name].state for name in NAMES]
+    assert states == ["quarantined", "accepted", "accepted", "accepted"]
+
+
 def test_the_choice_at_random_is_that_of_the_seed(running: Federation) -> None:
     chosen = []
     for seed in (1, 1, 2):

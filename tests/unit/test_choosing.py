@@ -133,6 +133,18 @@ def test_what_a_function_of_the_operators_must_not_do(
         choose(job(participation={"choose": "mine", "target_sites": 1}), 1, found(), {"mine": where})
 
 
+def one(candidates: Sequence[Candidate], count: int, number: int, seed: int) -> list[str]:
+    return ["a"]
+
+
+def test_a_function_that_gives_less_than_a_quorum_is_told_before_anybody_is_asked() -> None:
+    few = {"participation": {"choose": "mine", "target_sites": 3}, "min_sites": 2}
+    choosers = {"mine": f"{__name__}:one"}
+    with pytest.raises(InvalidSettings, match="gave 1 of 10 candidates, but the quorum is 2; let it give as many, or"):
+        choose(job(**few), 1, found(), choosers)
+    assert choose(job(**few, late={"policy": "keep"}), 1, found(), choosers) == ("a",)
+
+
 def test_the_doctor_tells_a_function_that_cannot_be_loaded_before_a_job_does() -> None:
     settings = Settings(choosers={"good": f"{__name__}:none", "wrong": "no_such_module:f"})
     good, wrong = check_choosers(settings)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from common.dead_letters import DeadLetter
 from common.heartbeats import Heartbeat
 from common.progress import ProgressReport
 from common.settings import Settings
@@ -322,3 +323,19 @@ def test_it_says_that_progress_gives_more_time() -> None:
     job = replace(JOB, spec=JOB.spec.model_copy(update={"round_extension_seconds": 90.0, "min_sites": 1}))
     told = explain(replace(OPEN, job=job))
     assert any("unless they report progress then: that gives them up to 90 s more" in each for each in told.details)
+
+
+def test_an_update_that_stands_out_is_not_counted_as_good() -> None:
+    far = replace(part("alpha", PartState.ACCEPTED), update_norm=1e6, global_norm=1.0)
+    near = replace(part("beta", PartState.ACCEPTED), update_norm=1.0, global_norm=1.0)
+    told = explain(replace(OPEN, parts=(far, near, part("gamma"))))
+    assert about(told, "alpha").startswith("alpha stands out so far: The update is 1e+06 away from the global model")
+    assert any(detail.startswith("1 answered well and the quorum is 2") for detail in told.details)
+
+
+@pytest.mark.parametrize(("seconds", "is_told"), [(59, True), (62, False)])
+def test_an_answer_that_was_set_aside_since_the_round_began_is_told(seconds: float, is_told: bool) -> None:
+    letter = DeadLetter(queue="coordinator", at=ago(seconds), reason="update_ready failed: no", size=1, begins=b"")
+    told = explain(replace(OPEN, set_aside=(letter, replace(letter, at=None))))
+    assert any("from queue coordinator: update_ready failed: no" in detail for detail in told.details) is is_told
+    assert any("fedchord dead-letters" in action for action in told.actions) is is_told
