@@ -2,10 +2,11 @@
 
     python -m tests.chaos.campaign --minutes 5 --seed 7
 
-Two coordinators and four sites, all processes, run job after job, some at once. Again and again something is killed,
-stopped, cut off, locked, filled up or shuffled, and comes back; after each time the records are checked. At the end
-every job must have ended with the plain loop's model, to the bit. The same seed gives the same faults in one order; the
-moments differ by how fast the machine is.
+Two coordinators and four sites, all processes, run job after job, some at once: some wait for everybody, some ask more
+sites than they need, some are asynchronous. Again and again something is killed, stopped, cut off, locked, filled up or
+shuffled, and comes back; after each time the records are checked. At the end every job must have ended with the model
+that comes of what was recorded, to the bit: the plain loop's or, with late updates, what `fedchord verify` recomputes.
+The same seed gives the same faults in one order; the moments differ by how fast the machine is.
 """
 
 import random
@@ -15,15 +16,18 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 import psutil
 
+from common.errors import Conflict
 from common.queues import COORDINATOR_QUEUE, site_queue
 from coordinator.jobs import LIVE, Job
+from coordinator.membership import join, leave
+from tests.chaos import processes
 from tests.chaos.imp import imp
 from tests.chaos.invariants import check_always, check_ended, check_explained
 from tests.chaos.processes import Program
@@ -36,6 +40,13 @@ SITES = ("alpha", "beta", "gamma", "delta")
 ROUNDS = 8
 AT_ONCE = 2  # jobs
 MOST_BYTES = 200_000  # of a file on a full disk: less than a model has
+RULES: tuple[dict[str, object], ...] = (  # who counts
+    {},
+    {},
+    {"participation": {"choose": "random", "target_sites": 2, "over_selection": 1.5}, "late": {"policy": "drop"}},
+    {"participation": {"target_sites": 3}, "late": {"policy": "count"}},
+    {"participation": {"target_sites": 2}, "late": {"policy": "keep", "max_staleness": 3}},
+)
 END_SECONDS = 180.0  # within which every job must have ended once nothing is disturbed any more
 
 
@@ -63,7 +74,7 @@ class Campaign:
                 "config": {"seconds": self.chance.choice([0.0, 0.1, 0.3]), "megabytes": self.chance.choice([0.1, 1])},
                 "min_sites": 2,
             }
-            job = self.here.submit(rounds=ROUNDS, **changes)
+            job = self.here.submit(rounds=ROUNDS, **changes, **self.chance.choice(RULES))
             self.jobs.append(job)
             self.say(f"submitted {job.job_id[:8]}")
 
@@ -159,6 +170,25 @@ def stop_a_site(campaign: Campaign) -> Iterator[str]:
     program.signal_all(signal.SIGCONT)
 
 
+def let_a_site_leave(campaign: Campaign) -> Iterator[str]:
+    """A site taken out of a job by a command that is killed, and taken back."""
+    made = campaign.here.made
+    live = [job for job in campaign.jobs if made.job(job.job_id).state in LIVE]
+    if not live:
+        return
+    job, site = campaign.chance.choice(live), campaign.chance.choice(SITES)
+    command = processes.command(made, "leave", job.job_id, site)
+    command.start()
+    campaign.wait(2)
+    command.kill()
+    yield f"killed while {site} left {job.job_id[:8]}"
+    with suppress(Conflict):  # the job has ended meanwhile
+        if site in made.job(job.job_id).sites:
+            leave(made.services, job.job_id, site, "it is called again")
+        campaign.wait(1)
+        join(made.services, job.job_id, site)
+
+
 def lose_the_broker(campaign: Campaign) -> Iterator[str]:
     """The broker killed, and back with nothing."""
     campaign.here.broker.kill()
@@ -249,6 +279,7 @@ FAULTS: tuple[Callable[[Campaign], Iterator[str]], ...] = (
     kill_a_site,
     kill_a_site,
     stop_a_site,
+    let_a_site_leave,
     lose_the_broker,
     take_the_broker_away,
     shuffle_the_queues,
@@ -276,7 +307,7 @@ def run(folder: Path, *, minutes: float, seed: int, services: bool, table: Table
             table.record(fault, "at random moments of several jobs (campaign)", runs=runs)
         say(
             f"seed {seed}: {sum(campaign.faults.values())} faults of {len(campaign.faults)} kinds, "
-            f"{len(campaign.jobs)} jobs, every one with the plain loop's model."
+            f"{len(campaign.jobs)} jobs, every one with the model that comes of what was recorded."
         )
     left = [each for each in psutil.Process().children(recursive=True) if each not in before and each.is_running()]
     left = [each for each in left if each.status() != psutil.STATUS_ZOMBIE]
