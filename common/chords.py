@@ -14,6 +14,9 @@ class ChordBackend(RedisBackend):
     subscriptions cost the round time, and what the broker tells of them would never be read.
     """
 
+    def on_task_call(self, producer: Any, task_id: str) -> None:
+        """Take no notice of a task that is about to be sent."""
+
     def add_pending_result(self, result: Any, weak: bool = False, start_drainer: bool = True) -> Any:
         """Take no notice of a task that was sent."""
         return result

@@ -97,6 +97,19 @@ def test_a_job_trains_tests_and_finishes(running: Federation) -> None:
     assert progress(running, job_id).metric("accuracy") == ((1, pytest.approx(0.7)),)
 
 
+def test_nobody_listens_for_results_that_nobody_waits_for(running: Federation) -> None:
+    def subscriptions() -> int:
+        return int(running.services.broker.info("commandstats").get("cmdstat_subscribe", {}).get("calls", 0))
+
+    before = subscriptions()
+    _, (alpha, beta) = begin(running, "alpha", "beta")
+    for site in (alpha, beta):
+        site.answer(site.receive(), update(1))
+    finish(alpha, beta)
+    assert subscriptions() == before
+    assert running.services.broker.pubsub_channels("celery-task-meta-*") == []
+
+
 def test_a_model_knows_its_parents(running: Federation) -> None:
     job_id, (alpha, beta) = begin(running, "alpha", "beta")
     for site in (alpha, beta):
