@@ -31,6 +31,12 @@ Example:
 @folder_option
 @click.option("--sites", "num_sites", type=click.IntRange(0, 1000), help="How many sites.  [default: 2]")
 @click.option(
+    "--coordinators",
+    "num_coordinators",
+    type=click.IntRange(1, 100),
+    help="How many coordinator workers; they share the work, and the others go on when one ends.  [default: 2]",
+)
+@click.option(
     "--trainer",
     "trainers",
     multiple=True,
@@ -51,6 +57,7 @@ Example:
 def up(
     folder: Path,
     num_sites: int | None,
+    num_coordinators: int | None,
     trainers: tuple[str, ...],
     site_data: Path | None,
     port: int | None,
@@ -59,7 +66,7 @@ def up(
     flower_port: int | None,
     as_json: bool,
 ) -> None:
-    """Start an embedded stack: broker, coordinator, sites.
+    """Start an embedded stack: broker, coordinator workers, sites.
 
     All of it runs on this machine as processes of your own, reachable from this machine only, until `fedchord down`.
     The coordinator's models and jobs can also be had over HTTP, at the URL that `up` and `status` show. What is not
@@ -67,6 +74,7 @@ def up(
     """
     wishes = Wishes(
         num_sites=num_sites,
+        num_coordinators=num_coordinators,
         trainers=dict(map(_parse_trainer, trainers)) if trainers else None,
         site_data=site_data,
         broker_port=port,

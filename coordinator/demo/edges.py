@@ -63,7 +63,9 @@ def running_edges(
         own.mkdir(parents=True)
         for site in members[name]:
             (own / site).symlink_to(data / site, target_is_directory=True)
-        wishes = Wishes(trainers={trainer: trainer_class}, site_data=own, working_folder=code)
+        wishes = Wishes(
+            num_coordinators=1, trainers={trainer: trainer_class}, site_data=own, working_folder=code
+        )  # these share the machine
         url = lifecycle.up(edges.folders[name], wishes).http
         (edges.site_data / name).mkdir(parents=True)
         lines = [f"url = {json.dumps(url)}", f"min_sites = {len(members[name])}"]

@@ -27,6 +27,7 @@ class Stack(BaseModel):
 
     stack_id: str = Field(default_factory=lambda: secrets.token_hex(16))  # marks the stack's processes
     sites: tuple[str, ...]
+    num_coordinators: int = 1  # workers
     trainers: dict[str, str] = {}  # on every site's list: name -> "module:Class"
     site_data: Path | None = None  # has one folder for each site, named like the site
     working_folder: Path  # where `up` ran: the sites import their trainers from there

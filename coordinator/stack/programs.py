@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from coordinator.stack.ports import LOOPBACK
 from coordinator.stack.valkey import valkey_command
 
 BROKER = "valkey"
-COORDINATOR = "coordinator"
+COORDINATOR = "coordinator"  # and coordinator-2, coordinator-3, …
 HTTP = "http"
 FLOWER = "flower"
 SITES = "sites"  # the group of all sites
@@ -43,12 +44,16 @@ def stack_programs(folder: StackFolder, stack: Stack) -> tuple[list[Program], li
     coordinator = {CONFIG_VARIABLE: str(folder.settings_file)}
     serving = [
         Program(name=BROKER, command=tuple(valkey_command(folder)), folder=folder.path, priority=10),
-        Program(
-            name=COORDINATOR,
-            command=(*_CELERY, "-A", "coordinator", "worker", *_events(stack), "-n", "coordinator@%%h"),
-            folder=folder.path,
-            environment=coordinator,
-            priority=20,
+        *(
+            Program(
+                name=name,
+                # %% is supervisord's way to say %
+                command=(*_CELERY, "-A", "coordinator", "worker", *_events(stack), "-n", f"{name}@%%h"),
+                folder=folder.path,
+                environment=coordinator,
+                priority=20,
+            )
+            for name in coordinator_names(stack)
         ),
         Program(
             name=HTTP,
@@ -74,10 +79,19 @@ def stack_programs(folder: StackFolder, stack: Stack) -> tuple[list[Program], li
     return serving, [_site(folder, stack, name) for name in stack.sites]
 
 
+def coordinator_names(stack: Stack) -> list[str]:
+    """Return the names of the coordinator's workers; before the @ they are also those of their Celery nodes."""
+    return [COORDINATOR, *(f"{COORDINATOR}-{number}" for number in range(2, stack.num_coordinators + 1))]
+
+
+def is_taken(name: str) -> bool:
+    """Return whether a process of a stack that is no site has the name, or may get it."""
+    return name in (BROKER, HTTP, FLOWER, "supervisord") or re.fullmatch(rf"{COORDINATOR}(-\d+)?", name) is not None
+
+
 def _site(folder: StackFolder, stack: Stack, name: str) -> Program:
     return Program(
         name=name,
-        # %% is supervisord's way to say %
         command=(*_CELERY, "-A", "worker", "worker", *_events(stack), "-n", f"{name}@%%h"),
         folder=stack.working_folder,
         environment={

@@ -7,6 +7,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from celery import Celery
 from redis import Redis
 
 from common.broker import connect, make_coordinator_app
@@ -15,7 +16,7 @@ from common.heartbeats import read_heartbeats
 from common.settings import Settings
 from coordinator.stack.folder import Stack, StackFolder
 from coordinator.stack.ports import LOOPBACK
-from coordinator.stack.programs import BROKER, COORDINATOR, FLOWER, HTTP
+from coordinator.stack.programs import BROKER, FLOWER, HTTP, coordinator_names
 from coordinator.stack.supervision import Supervisor
 
 _POLL_SECONDS = 0.1
@@ -50,9 +51,9 @@ class Readiness:
         """Return when everybody answers; raise Unavailable when one has ended or the deadline has passed."""
         with closing(connect(settings)) as broker:
             self._wait(lambda: next(iter(missing_sites(broker, self._stack, since=self._since)), None))
-        name = f"{COORDINATOR}@{socket.gethostname()}"
         with make_coordinator_app(settings) as app:
-            self._wait(lambda: None if app.control.ping([name], timeout=_PING_SECONDS, limit=1) else COORDINATOR)
+            for name in coordinator_names(self._stack):
+                self._wait(partial(_mute, app, name))
         for name, port in ((HTTP, self._stack.http_port), (FLOWER, self._stack.flower_port)):
             if port is not None:
                 self._wait(partial(_silent, name, port))
@@ -93,6 +94,12 @@ def _tail(log: Path, *, skip: int) -> str:
     new = data[skip:] if len(data) >= skip else data  # shorter: it was rotated
     lines = [line for line in new.decode("utf-8", errors="replace").splitlines() if line.strip()]
     return "\n".join(lines[-_TAIL_LINES:])
+
+
+def _mute(app: Celery, name: str) -> str | None:
+    """Return the name of the coordinator's worker as long as it does not answer."""
+    node = f"{name}@{socket.gethostname()}"
+    return None if app.control.ping([node], timeout=_PING_SECONDS, limit=1) else name
 
 
 def _silent(name: str, port: int) -> str | None:

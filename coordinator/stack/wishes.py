@@ -9,8 +9,10 @@ from common.errors import InvalidInput
 from common.queues import check_site_name
 from coordinator.stack.folder import Stack, StackFolder, check_path
 from coordinator.stack.ports import choose_port
+from coordinator.stack.programs import is_taken
 
 DEFAULT_SITES = 2
+DEFAULT_COORDINATORS = 2  # a round's answers come at once, and one worker cannot use two cores for them
 
 _LONGEST_SOCKET_PATH = 80  # bytes; systems allow about 104, of which supervisord needs some for itself
 
@@ -20,6 +22,7 @@ class Wishes:
     """What somebody wants of a stack; None leaves it as it was at the last `up`."""
 
     num_sites: int | None = None
+    num_coordinators: int | None = None
     trainers: Mapping[str, str] | None = None  # name -> "module:Class", on every site's list
     site_data: Path | None = None  # has one folder for each site, named like the site
     broker_port: int | None = None
@@ -40,6 +43,7 @@ def plan_stack(folder: StackFolder, last: Stack | None, wishes: Wishes) -> Stack
         )
     values = {
         "sites": _choose_sites(wishes, site_data, last),
+        "num_coordinators": wishes.num_coordinators or (last.num_coordinators if last else DEFAULT_COORDINATORS),
         "site_data": site_data,
         "trainers": dict(wishes.trainers) if wishes.trainers is not None else last.trainers if last else {},
         "working_folder": check_path(wishes.working_folder or Path.cwd()),
@@ -62,7 +66,8 @@ def _choose_sites(wishes: Wishes, site_data: Path | None, last: Stack | None) ->
         raise InvalidInput(f"--site-data: there is no folder {site_data}.")
     names = sorted((each.name for each in site_data.iterdir() if each.is_dir()), key=lambda name: (len(name), name))
     for name in names:
-        check_site_name(name)
+        if is_taken(check_site_name(name)):
+            raise InvalidInput(f"--site-data: another process of the stack is called {name}; rename that folder.")
     if not names or (wishes.num_sites is not None and wishes.num_sites != len(names)):
         wanted = f", not {wishes.num_sites}" if wishes.num_sites is not None else ""
         raise InvalidInput(f"--site-data: {site_data} has folders for {len(names)} sites{wanted}.")

@@ -26,6 +26,7 @@ def test_status_lists_every_process_of_a_stack_that_runs(running: Workplace) -> 
     status = running.run("status", "--json").json
     assert {each["name"]: each["state"] for each in status["processes"]} == {
         "coordinator": "RUNNING",
+        "coordinator-2": "RUNNING",
         "flower": "RUNNING",
         "http": "RUNNING",
         "site-1": "RUNNING",
@@ -60,7 +61,7 @@ def test_flower_shows_every_worker_and_task_by_name_to_whoever_has_the_password(
 
     assert urllib3.request("GET", f"{url}/api/workers").status == 401
     running.run("submit", running.job_file(rounds=1), "--watch", "--json")
-    workers = {"coordinator", "site-1", "site-2"}
+    workers = {"coordinator", "coordinator-2", "site-1", "site-2"}
     tasks = {"site.update_round_start", "coordinator.update_ready", "coordinator.aggregate"}
     wait_for(lambda: names()[0] >= workers and names()[1] >= tasks, seconds=30, what="Flower shows them")
 
@@ -255,6 +256,27 @@ def test_a_port_in_use_is_told_before_anything_is_written(workplace: Workplace) 
     assert workplace.processes() == []
 
 
+@pytest.mark.parametrize("name", ["coordinator", "coordinator-3", "http", "supervisord"])
+def test_a_site_called_like_another_process_is_told_before_anything_is_written(workplace: Workplace, name: str) -> None:
+    (workplace.folder / "data" / name).mkdir(parents=True)
+    ended = workplace.run("up", "--site-data", "data", code=2)
+    assert f"another process of the stack is called {name}; rename that folder" in ended.err
+    assert not workplace.stack.exists()
+
+
+def test_a_stack_has_as_many_coordinator_workers_as_are_wished_for(workplace: Workplace) -> None:
+    workplace.up("--coordinators", "3")
+    names = {f"coordinator{number}" for number in ("", "-2", "-3")}
+    found = workplace.run("status", "--json").json["processes"]
+    assert {each["name"] for each in found if each["name"].startswith("coordinator")} == names
+    workplace.run("down")
+    workplace.up("--coordinators", "1")
+    workplace.run("down")
+    workplace.up()  # as it was
+    found = workplace.run("status", "--json").json["processes"]
+    assert [each["name"] for each in found if each["name"].startswith("coordinator")] == ["coordinator"]
+
+
 @pytest.mark.parametrize("largest_file", [0, 100, 2000, 20_000])
 def test_a_stack_that_the_disk_cannot_hold_leaves_nothing(workplace: Workplace, largest_file: int) -> None:
     ended = workplace.run("up", code=5, largest_file=largest_file)
@@ -352,7 +374,7 @@ def test_what_only_reads_records_and_blobs_works_while_the_stack_is_down(workpla
 def test_a_process_that_is_killed_is_started_again(workplace: Workplace) -> None:
     (port,) = free_ports(1)
     assert workplace.up("--http-port", str(port))["http"] == f"http://127.0.0.1:{port}"
-    processes = [psutil.Process(pid_of(workplace, name)) for name in ("coordinator", "http")]
+    processes = [psutil.Process(pid_of(workplace, name)) for name in ("coordinator", "coordinator-2", "http")]
     for killed in processes:
         killed.kill()
     wait_for(lambda: not any(each.is_running() for each in processes), seconds=10, what="they are gone")
