@@ -310,12 +310,14 @@ def _others(situation: Situation) -> list[str]:
 
 def _set_aside(situation: Situation, round_: Round) -> str:
     """Return what may have become of an answer or a question that is missing; empty if nothing was set aside."""
-    lost = [letter for letter in situation.set_aside if letter.at is not None and letter.at >= round_.created_at]
+    lost = [(letter.at, letter) for letter in situation.set_aside if letter.at and letter.at >= round_.created_at]
     if not lost:
         return ""
-    newest = max(lost, key=lambda letter: letter.at or round_.created_at)
-    at = f" at {clock(newest.at)}" if newest.at else ""
-    return f"Messages were set aside since the round began, the newest{at} from queue {newest.queue}: {newest.reason}"
+    at, newest = max(lost, key=lambda each: each[0])
+    return (
+        f"Messages were set aside since the round began, the newest at {clock(at)} from queue {newest.queue}: "
+        f"{_sentence(newest.reason)}"
+    )
 
 
 def _when_full(situation: Situation, round_: Round) -> list[str]:
