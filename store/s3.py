@@ -54,6 +54,7 @@ _BLOBS = "blobs/"
 _SLOTS = "slots/"
 _MISSING = {"NoSuchKey", "NoSuchObject"}
 _FULL = {"XMinioStorageFull", "InsufficientStorage", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded"}
+_SKEWED = "RequestTimeTooSkewed"
 
 
 class S3Store:
@@ -358,6 +359,11 @@ class S3Store:
                 ) from error
             if error.code in _FULL:
                 raise DiskFull("The object store is full; free some space in it and try again.") from error
+            if error.code == _SKEWED:
+                raise StoreUnavailable(
+                    "The object store says that this machine's clock is wrong, and takes no request signed by it; set "
+                    "it by NTP. `fedchord doctor` tells by how much they differ."
+                ) from error
             raise StoreUnavailable(
                 f"The object store refused ({error.code}: {error.message}); correct the FEDCHORD_S3_… settings."
             ) from error

@@ -22,6 +22,7 @@ from store.s3 import S3Store
 from store.tensors import Array
 from store.transfer import Transfer
 from store.weights import load_index, load_weights, store_weights
+from tests.odd_services import odd_service, say
 from tests.servers import S3Server, free_ports, wait_for
 
 BUCKET = "fedchord"
@@ -621,3 +622,15 @@ def test_a_blob_that_is_put_again_while_it_is_deleted_as_old_stays(
     assert not folder_store.delete(path.name, older_than_seconds=3600)
     assert path.read_bytes() == b"again"
     assert list(folder_store.scratch().iterdir()) == []
+
+
+def test_a_clock_that_the_store_does_not_believe_is_told(tmp_path: Path) -> None:
+    refusal = b"<Error><Code>RequestTimeTooSkewed</Code><Message>The difference is too large.</Message></Error>"
+    answer = say(refusal, kind="application/xml", status=403)
+    with odd_service({f"/{BUCKET}/slots/update": answer}) as url:
+        client = minio.Minio(
+            url.partition("//")[2], access_key="a", secret_key="b" * 8, secure=False, region="us-east-1"
+        )
+        opened = S3Store(client, BUCKET, cache_folder=tmp_path, cache_bytes=1 << 20)
+        with pytest.raises(StoreUnavailable, match=r"clock is wrong.* set it by NTP\. `fedchord doctor`"):
+            opened.written("update", max_bytes=1)
