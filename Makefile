@@ -29,7 +29,7 @@ test-fast: install ## Run the tests that need no server, in seconds
 
 chaos: install ## Break everything on purpose, and write what came of it into docs/reliability.md; about half an hour
 	rm -rf build/chaos
-	$(BIN)/python -m pytest tests/chaos --chaos full --chaos-table build/chaos --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest tests/chaos --chaos full --chaos-table build/chaos --numprocesses 3 --dist loadfile -o faulthandler_timeout=0
 	$(BIN)/python -m tests.chaos.campaign --minutes 5 --table build/chaos
 	$(BIN)/python -m tests.chaos.campaign --minutes 5 --services --table build/chaos
 	$(BIN)/python -m tests.chaos.table build/chaos
@@ -49,6 +49,7 @@ bench: install ## Measure speed and memory beside the floor; some minutes
 	$(BIN)/python -m benchmarks.large_model
 	$(BIN)/python -m benchmarks.aggregate
 	$(BIN)/python -m benchmarks.model_store
+	$(BIN)/python -m benchmarks.deaths
 
 docs: install ## Write the reference pages that are made from the code
 	$(BIN)/python -m docs.generate

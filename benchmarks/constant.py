@@ -1,6 +1,7 @@
 """The benchmarks' trainer: it only adds a constant of the site's own, so that no two updates are equal."""
 
 import hashlib
+import time
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ NUM_TENSORS = 8
 
 
 class ConstantTrainer(Trainer):
-    """Hold `megabytes` (config, of 10^6 bytes) of float32 in eight tensors, and add a constant to each of them."""
+    """Hold `megabytes` (config, of 10^6 bytes) of float32 in eight tensors, and add a constant to each of them.
+
+    That takes as many `seconds` (config) as are given.
+    """
 
     def build(self) -> Tensors:
         """Return zeros."""
@@ -22,6 +26,7 @@ class ConstantTrainer(Trainer):
 
     def fit(self, tensors: Tensors, step: RoundContext) -> Fit:
         """Add the constant."""
+        time.sleep(float(str(self.context.config.get("seconds", 0))))
         constant = np.float32(int.from_bytes(hashlib.sha256(self.context.site.encode()).digest()[:2], "big") / 2**16)
         return Fit(tensors={name: _add(tensor, constant) for name, tensor in tensors.items()}, num_examples=1)
 

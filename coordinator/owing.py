@@ -60,6 +60,9 @@ def _alive(situation: Situation, round_: Round, part: Part, heartbeat: Heartbeat
     site = part.site
     age = max(0.0, situation.now.timestamp() - heartbeat.at)
     fresh = f"(heartbeat {age:.0f} s old)"
+    latest = min(age, situation.settings.ask_again_seconds)
+    if round_.published_at and (situation.now - round_.published_at).total_seconds() < latest:
+        return "is alive, and was asked after its last heartbeat: the next one tells what it is at.", ""
     title = f"{situation.job.name}: {round_.title} at {site}"  # as `dispatch` describes the task
     busy = "; ".join(heartbeat.working_on)
     if title in heartbeat.working_on:

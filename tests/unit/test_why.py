@@ -333,6 +333,14 @@ def test_an_update_that_stands_out_is_not_counted_as_good() -> None:
     assert any(detail.startswith("1 answered well and the quorum is 2") for detail in told.details)
 
 
+def test_a_heartbeat_from_before_the_question_says_nothing_of_the_answer() -> None:
+    just = replace(ROUND, published_at=ago(0.5), created_at=ago(0.6))
+    said = about(explain(replace(OPEN, round=just)), "beta")
+    assert said == "beta is alive, and was asked after its last heartbeat: the next one tells what it is at."
+    behind = {"beta": beat(at=ago(3600).timestamp()), "gamma": beat()}  # a clock that is an hour behind hides nothing
+    assert "is alive and idle" in about(explain(replace(OPEN, heartbeats=behind)), "beta")
+
+
 @pytest.mark.parametrize(("seconds", "is_told"), [(59, True), (62, False)])
 def test_an_answer_that_was_set_aside_since_the_round_began_is_told(seconds: float, is_told: bool) -> None:
     letter = DeadLetter(queue="coordinator", at=ago(seconds), reason="update_ready failed: no", size=1, begins=b"")
