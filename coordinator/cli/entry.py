@@ -20,7 +20,7 @@ from common.logs import set_up_logs
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _COMMANDS = {  # name -> (where it is defined, what it does)
     "demo": ("coordinator.cli.demo:demo", "Train on handwritten digits at ten sites, start to end."),
-    "up": ("coordinator.cli.stack:up", "Start an embedded stack: broker, coordinator, sites."),
+    "up": ("coordinator.cli.stack:up", "Start an embedded stack: broker, coordinator workers, sites."),
     "down": ("coordinator.cli.stack:down", "Stop the embedded stack; its data stays."),
     "status": ("coordinator.cli.stack:status", "Show how the embedded stack is."),
     "serve": ("coordinator.cli.serve:serve", "Serve the coordinator's models and jobs over HTTP."),
