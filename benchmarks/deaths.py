@@ -57,6 +57,10 @@ def _round(services: Services, job_id: str) -> int:
     return job.current_round
 
 
+def _wait_round(services: Services, job_id: str, number: int) -> None:
+    _wait(lambda: _round(services, job_id) >= number, f"round {number}")
+
+
 def _intervals(services: Services, job_id: str) -> dict[int, float]:
     """Return how long it was from each training round's plan to the next one's, in seconds, by number."""
     with reading(services.engine) as connection:
@@ -77,14 +81,12 @@ def _kill_coordinators(services: Services, folder: StackFolder, job_id: str, dea
     """Kill the coordinator so often; return the numbers of the rounds in which that was."""
     chance, killed = random.Random(0), []
     for _ in range(deaths):
-        number = _round(services, job_id) + _STILL
-        _wait(lambda number=number: _round(services, job_id) >= number, f"round {number}")  # type: ignore[misc]
+        _wait_round(services, job_id, _round(services, job_id) + _STILL)
         time.sleep(chance.uniform(0, _ROUND_SECONDS))
         killed.append(_round(services, job_id))
         for process in _processes(folder, COORDINATOR):
             process.kill()
-        later = killed[-1] + _AROUND
-        _wait(lambda later=later: _round(services, job_id) >= later, f"round {later}")  # type: ignore[misc]
+        _wait_round(services, job_id, killed[-1] + _AROUND)
     return killed
 
 
@@ -110,8 +112,8 @@ def _seconds_to_notice(folder: StackFolder, site: str) -> float:
         return time.monotonic() - begun
 
 
-def _floor_seconds(settings: Settings) -> float:
-    environment = {**os.environ, CONFIG_VARIABLE: str(settings.signing_key_file.with_name("fedchord.toml"))}
+def _floor_seconds(folder: StackFolder) -> float:
+    environment = {**os.environ, CONFIG_VARIABLE: str(folder.settings_file)}
     times = []
     for _ in range(_FLOOR_STARTS):
         begun = time.monotonic()
@@ -145,7 +147,7 @@ def main(sites: int, deaths: int, as_json: bool) -> None:
         costs = [sum(intervals[each] - still for each in numbers if each in intervals) for numbers in around.values()]
         noticed = [_seconds_to_notice(folder, f"site-{number}") for number in range(1, min(sites, 3) + 1)]
         abort(services, job_id, "measured")
-        floor = _floor_seconds(services.settings)
+        floor = _floor_seconds(folder)
     figures = {
         "sites": sites,
         "deaths": deaths,

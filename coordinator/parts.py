@@ -9,7 +9,20 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, and_, bindparam, case, exists, func, literal, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    RowMapping,
+    and_,
+    bindparam,
+    case,
+    exists,
+    func,
+    literal,
+    or_,
+    select,
+    update,
+)
 
 from coordinator.states import OWING, PartState, RoundKind, RoundState
 from store.tables import parts, rounds, utc_now
@@ -108,16 +121,19 @@ def find_in(connection: Connection, states: Collection[PartState], *, job_id: st
 
 def count_good(connection: Connection, job_id: str, round_id: str) -> int:
     """Return how many updates there are for the round: its own, and those of earlier rounds that are kept for it."""
-    own = select(func.count()).where(parts.c.round_id == round_id, parts.c.state == PartState.ACCEPTED.value)
-    kept = select(func.count()).where(parts.c.state == PartState.KEPT.value, parts.c.job_id == job_id)
-    return int(connection.scalar(own) or 0) + int(connection.scalar(kept) or 0)
+    query = select(func.count()).select_from(parts).where(_is_good(job_id, round_id))
+    return int(connection.scalar(query) or 0)
 
 
 def find_good(connection: Connection, job_id: str, round_id: str) -> list[Part]:
     """Return the parts that `count_good` counts."""
+    query = select(parts).where(_is_good(job_id, round_id))
+    return [part_of(row) for row in connection.execute(query).mappings()]
+
+
+def _is_good(job_id: str, round_id: str) -> ColumnElement[bool]:
     own = and_(parts.c.round_id == round_id, parts.c.state == PartState.ACCEPTED.value)
-    kept = and_(parts.c.state == PartState.KEPT.value, parts.c.job_id == job_id)
-    return [part_of(row) for row in connection.execute(select(parts).where(or_(own, kept))).mappings()]
+    return or_(own, and_(parts.c.job_id == job_id, parts.c.state == PartState.KEPT.value))
 
 
 def answer_part(

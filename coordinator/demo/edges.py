@@ -64,8 +64,11 @@ def running_edges(
         for site in members[name]:
             (own / site).symlink_to(data / site, target_is_directory=True)
         wishes = Wishes(
-            num_coordinators=1, trainers={trainer: trainer_class}, site_data=own, working_folder=code
-        )  # these share the machine
+            num_coordinators=1,  # all edges share this machine
+            trainers={trainer: trainer_class},
+            site_data=own,
+            working_folder=code,
+        )
         url = lifecycle.up(edges.folders[name], wishes).http
         (edges.site_data / name).mkdir(parents=True)
         lines = [f"url = {json.dumps(url)}", f"min_sites = {len(members[name])}"]
